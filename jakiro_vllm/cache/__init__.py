@@ -1,0 +1,1 @@
+"""Which row of a step ends up in which slot of the KV cache."""

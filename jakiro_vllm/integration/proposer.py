@@ -1,0 +1,101 @@
+"""vLLM's door for an outside proposer: builds the head, its KV layer and the drafter.
+
+Drafting itself is called by the runner, because this door hands over no hidden states.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+
+from jakiro_vllm.config import MAX_DEPTH, TreeConfig
+from jakiro_vllm.decode.drafter import TreeDrafter
+from jakiro_vllm.draft.checkpoint import load_head
+from jakiro_vllm.errors import JakiroConfigError
+from jakiro_vllm.integration.front_end import ADDITIONAL_CONFIG_KEY
+
+logger = init_logger(__name__)
+
+HEAD_LAYER = "jakiro_head.layers.0.self_attn.attn"
+
+
+class JakiroProposer:
+    """Holds the draft head of one worker."""
+
+    drafter: TreeDrafter
+    attention: Attention
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        """Reads the configuration; the head is built when the target is there."""
+        settings = vllm_config.additional_config[ADDITIONAL_CONFIG_KEY]
+        self.vllm_config = vllm_config
+        self.folder: str = settings["head"]
+        self.tree_config = TreeConfig.from_dict(settings["tree"])
+
+    def load_model(self, target: nn.Module) -> None:
+        """Builds the head beside its target.
+
+        Args:
+            target: vLLM's model; its embedding and LM head are shared.
+
+        Raises:
+            JakiroConfigError: if the target exposes neither.
+        """
+        config = self.vllm_config
+        dtype = config.model_config.dtype
+        device = torch.device(config.device_config.device_type)
+        head = load_head(self.folder, dtype).to(device)
+        head.prepare_positions(config.model_config.max_model_len + MAX_DEPTH + 1)
+        spec = head.spec
+        with set_current_vllm_config(config):
+            # Owns the pages: with the target's KV shape it joins the target's KV group, and so shares its
+            # block table, its prefix cache and its eviction.
+            self.attention = Attention(
+                num_heads=spec.num_heads,
+                head_size=spec.head_dim,
+                scale=spec.head_dim**-0.5,
+                num_kv_heads=spec.num_kv_heads,
+                cache_config=config.cache_config,
+                prefix=HEAD_LAYER,
+            )
+        self.drafter = TreeDrafter(head, self.tree_config, _embedding_of(target), _lm_head_of(target))
+        parameters = sum(p.numel() for p in head.parameters())
+        logger.info(
+            "Loaded a %s draft head with %.1fM parameters: trees of %d nodes, depth %d, from %d forwards",
+            spec.variant.value,
+            parameters / 1e6,
+            self.tree_config.node_budget,
+            self.tree_config.depth,
+            self.drafter.num_forwards,
+        )
+
+    def propose(self, *args: Any, **kwargs: Any) -> list[list[int]]:
+        """Never called: the runner drafts, with the target's hidden states."""
+        raise AssertionError("JakiroProposer needs jakiro-vllm's worker; do not set worker_cls")
+
+
+def _embedding_of(target: nn.Module) -> nn.Module:
+    for path in ("model.embed_tokens", "model.model.embed_tokens", "embed_tokens"):
+        try:
+            return target.get_submodule(path)
+        except AttributeError:
+            continue
+    raise JakiroConfigError(
+        f"target {type(target).__name__} has no token embedding where Llama-like models have it "
+        "(model.embed_tokens); serve it without speculation"
+    )
+
+
+def _lm_head_of(target: nn.Module) -> Any:
+    if not hasattr(target, "compute_logits"):
+        raise JakiroConfigError(f"target {type(target).__name__} computes no logits; serve it without speculation")
+
+    def lm_head(features: Tensor) -> Tensor:
+        return target.compute_logits(features)
+
+    return lm_head

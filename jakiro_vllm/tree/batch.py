@@ -1,0 +1,101 @@
+"""A batch of token trees as flat arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from jakiro_vllm.config import MAX_NODES
+
+
+@dataclass(frozen=True)
+class TreeBatch:
+    """One token tree per sequence. Node 0 is the root: the last emitted token, whose KV is not computed yet.
+
+    Nodes are in topological order (a parent precedes its children), so every prefix of a tree is a tree.
+
+    Attributes:
+        tokens: ``[B, N] int64``.
+        parents: ``[B, N] int64`` node index, -1 for the root.
+        depths: ``[B, N] int64`` edges from the root.
+        ancestors: ``[B, N] int64`` bit j of a word is set when node j is the node itself or an ancestor.
+        num_nodes: ``[B] int64`` valid nodes, at least 1; later columns hold padding.
+    """
+
+    tokens: Tensor
+    parents: Tensor
+    depths: Tensor
+    ancestors: Tensor
+    num_nodes: Tensor
+
+    @property
+    def batch_size(self) -> int:
+        """Number of trees."""
+        return self.tokens.shape[0]
+
+    @property
+    def width(self) -> int:
+        """Columns, padding included."""
+        return self.tokens.shape[1]
+
+    def select(self, rows: Tensor) -> TreeBatch:
+        """Returns the trees at ``rows [B'] int64``."""
+        return TreeBatch(
+            self.tokens[rows], self.parents[rows], self.depths[rows], self.ancestors[rows], self.num_nodes[rows]
+        )
+
+    def truncate(self, num_nodes: Tensor) -> TreeBatch:
+        """Keeps the first ``num_nodes [B] int64`` nodes of each tree."""
+        return TreeBatch(
+            self.tokens, self.parents, self.depths, self.ancestors, torch.minimum(self.num_nodes, num_nodes)
+        )
+
+
+def ancestor_words(parents: Tensor, depth: int) -> Tensor:
+    """Packs each node's path to the root into one word.
+
+    Args:
+        parents: ``[B, N] int64``, -1 for the root, N at most 64.
+        depth: upper bound of the depths.
+
+    Returns:
+        ``[B, N] int64``; bit 63 is the sign bit.
+
+    Raises:
+        ValueError: if there are more than 64 nodes.
+    """
+    if parents.shape[1] > MAX_NODES:
+        raise ValueError(f"a tree has at most {MAX_NODES} nodes, got {parents.shape[1]}")
+    bits = torch.ones_like(parents[0]) << torch.arange(parents.shape[1], device=parents.device)
+    node = torch.arange(parents.shape[1], device=parents.device).expand_as(parents)
+    words = bits.expand_as(parents).clone()
+    for _ in range(depth):
+        node = parents.gather(1, node.clamp(min=0)).where(node >= 0, -1)
+        words |= bits[node.clamp(min=0)].where(node >= 0, 0)
+    return words
+
+
+def make_trees(tokens: Tensor, parents: Tensor, depths: Tensor, num_nodes: Tensor, max_depth: int) -> TreeBatch:
+    """Builds a batch from its defining arrays; see ``TreeBatch`` for shapes."""
+    return TreeBatch(tokens, parents, depths, ancestor_words(parents, max_depth), num_nodes)
+
+
+def chains(tokens: Tensor, num_nodes: Tensor) -> TreeBatch:
+    """Trees without branches: node i is the child of node i - 1.
+
+    Args:
+        tokens: ``[B, N] int64`` root first.
+        num_nodes: ``[B] int64``.
+    """
+    order = torch.arange(tokens.shape[1], device=tokens.device)
+    bits = torch.ones_like(order) << order
+    words = bits.cumsum(0)
+    return TreeBatch(
+        tokens,
+        (order - 1).expand_as(tokens),
+        order.expand_as(tokens),
+        words.expand_as(tokens),
+        num_nodes,
+    )
