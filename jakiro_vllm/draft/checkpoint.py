@@ -11,7 +11,6 @@ import pickle
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig
@@ -108,7 +107,9 @@ def infer_spec(config: dict, tensors: dict[str, Tensor], source: str | Path) -> 
         variant, num_experts = Variant.DENSE, 1
         intermediate = shape(_LAYER + "mlp.gate_proj.weight")[0]
     elif _MOE + "gate.weight" in tensors:
-        num_experts = 1 + max(int(n[len(_MOE) :].split(".")[1]) for n in tensors if n.startswith(_MOE + "experts."))
+        num_experts = len({n[len(_MOE) :].split(".")[1] for n in tensors if n.startswith(_MOE + "experts.")})
+        if num_experts < EXPERTS_PER_TOKEN:
+            raise HeadCheckpointError(f"{source}: a mixture needs at least two experts, got {num_experts}")
         gates = shape(_MOE + "gate.weight")[0]
         swiglu = _MOE + "experts.0.gate_proj.weight" in tensors
         variant = Variant.JAKIRO if swiglu else Variant.JAKIRO_STAR
@@ -118,8 +119,6 @@ def infer_spec(config: dict, tensors: dict[str, Tensor], source: str | Path) -> 
                 f"{source}: a {variant.value} head with {num_experts} experts needs a gate of {expected} rows, "
                 f"got {gates}"
             )
-        if num_experts < EXPERTS_PER_TOKEN:
-            raise HeadCheckpointError(f"{source}: a mixture needs at least two experts, got {num_experts}")
         intermediate = shape(_MOE + ("experts.0.gate_proj.weight" if swiglu else "experts.0.fc.weight"))[0]
     else:
         raise HeadCheckpointError(
@@ -128,8 +127,10 @@ def infer_spec(config: dict, tensors: dict[str, Tensor], source: str | Path) -> 
         )
 
     num_heads = config.get("num_attention_heads")
-    if not num_heads:
-        raise HeadCheckpointError(f"{source}: config.json has no 'num_attention_heads'")
+    if not isinstance(num_heads, int) or num_heads < 1:
+        raise HeadCheckpointError(
+            f"{source}: 'num_attention_heads' in config.json must be a positive integer, got {num_heads!r}"
+        )
     head_dim = config.get("head_dim") or q_rows // num_heads
     for what, rows, heads in (
         ("q_proj", q_rows, num_heads),
@@ -284,10 +285,16 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         if not path.is_file():
             continue
         try:
-            tensors = load_file(path) if path.suffix == ".safetensors" else _load_pickle(path)
-        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-            raise HeadCheckpointError(f"{path} cannot be read, it may be damaged: {error}") from error
-        return tensors
+            return load_file(path) if path.suffix == ".safetensors" else _load_pickle(path)
+        except pickle.UnpicklingError as error:
+            # torch's own message advises to run the file's code.
+            raise HeadCheckpointError(
+                f"{path} cannot be read: it is damaged, or holds pickled objects that are not tensors, which are "
+                "never loaded; get the head again, or as safetensors"
+            ) from error
+        except Exception as error:  # damaged bytes surface as almost anything
+            reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
+            raise HeadCheckpointError(f"{path} cannot be read, it may be damaged ({reason})") from error
     raise HeadCheckpointError(f"{folder}: no weights; expected {' or '.join(WEIGHT_FILES)}")
 
 

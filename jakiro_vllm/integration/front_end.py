@@ -88,6 +88,9 @@ def _select(args: EngineArgs, target: ModelConfig, parallel: ParallelConfig) -> 
     logger.info("Drafting trees of %d nodes with the head in %s", config.node_budget, folder)
     if parallel.worker_cls not in ("auto", CPU_WORKER):
         raise JakiroConfigError(f"method 'jakiro' brings its own worker, got --worker-cls {parallel.worker_cls}")
+    from jakiro_vllm.integration.metrics import export_depths
+
+    export_depths(PROPOSER, config.depth)
     parallel.worker_cls = CPU_WORKER
     args.spec_method = args.spec_model = args.spec_tokens = None
     args.speculative_config = {

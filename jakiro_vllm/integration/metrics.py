@@ -1,52 +1,63 @@
 """Acceptance by depth for Prometheus, beside vLLM's own speculative counters.
 
-vLLM counts by position in a list of drafts, which for a tree says nothing. What it hands to loggers is how
-many tokens each draft had accepted, and on a tree's path the i-th accepted token has depth i.
+vLLM's labels speak of positions in a list of drafts, which for a tree says nothing. What its scheduler
+counts is how many tokens of each draft were accepted, and on an accepted path the i-th token has depth i.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from prometheus_client import REGISTRY, Counter
-from vllm.config import VllmConfig
-from vllm.v1.metrics.loggers import AggregateStatLoggerBase
-
-from jakiro_vllm.integration.front_end import ADDITIONAL_CONFIG_KEY
+from vllm.config import SpeculativeConfig
+from vllm.v1.metrics.loggers import PrometheusStatLogger
+from vllm.v1.spec_decode.metrics import SpecDecodingProm, SpecDecodingStats
 
 
-class JakiroStatLogger(AggregateStatLoggerBase):
-    """Exports ``jakiro:trees_total`` and ``jakiro:accepted_tokens_total{depth}``; silent for other methods."""
+def export_depths(proposer: str, depth: int) -> None:
+    """Lets this process's Prometheus loggers count by depth.
 
-    def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int] | None = None) -> None:
-        """Registers the counters if this engine drafts trees."""
-        settings = (vllm_config.additional_config or {}).get(ADDITIONAL_CONFIG_KEY)
-        self.depth = settings["tree"]["depth"] if settings else 0
-        if not self.depth:
-            return
-        labels = ("model_name", "engine")
-        self.model_name = str(vllm_config.model_config.served_model_name)
-        self.trees = _counter("jakiro:trees", "Trees verified.", labels)
-        self.accepted = _counter("jakiro:accepted_tokens", "Draft tokens accepted, by depth.", (*labels, "depth"))
+    The class of the speculative counters is an attribute of vLLM's logger, made to be replaced; engines
+    with another proposer keep vLLM's behaviour.
 
-    def record(
-        self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
-    ) -> None:
-        """Adds one step's counts."""
-        stats = scheduler_stats.spec_decoding_stats if scheduler_stats is not None else None
-        if not self.depth or stats is None:
-            return
-        self.trees.labels(self.model_name, str(engine_idx)).inc(stats.num_drafts)
-        for depth, count in enumerate(stats.num_accepted_tokens_per_pos[: self.depth], start=1):
-            self.accepted.labels(self.model_name, str(engine_idx), str(depth)).inc(count)
+    Args:
+        proposer: dotted path of the proposer whose engines are counted.
+        depth: levels of the trees.
+    """
 
-    def log_engine_initialized(self) -> None:
-        """Nothing to say."""
+    class TreeSpecDecodingProm(SpecDecodingProm):
+        """vLLM's counters, trees verified, and draft tokens accepted at each depth."""
 
+        def __init__(
+            self,
+            speculative_config: SpeculativeConfig | None,
+            labelnames: list[str],
+            per_engine_labelvalues: dict[int, list[object]],
+            is_diffusion: bool = False,
+        ) -> None:
+            super().__init__(speculative_config, labelnames, per_engine_labelvalues, is_diffusion=is_diffusion)
+            self.by_engine: dict[int, tuple[Any, list[Any]]] = {}
+            if speculative_config is None or speculative_config.model != proposer:
+                return
+            trees = self._counter_cls(
+                name="vllm:jakiro_trees", documentation="Token trees verified.", labelnames=labelnames
+            )
+            accepted = self._counter_cls(
+                name="vllm:jakiro_accepted_tokens_per_depth",
+                documentation="Draft tokens accepted, by depth in the tree.",
+                labelnames=[*labelnames, "depth"],
+            )
+            for engine, values in per_engine_labelvalues.items():
+                levels = [accepted.labels(*values, str(level)) for level in range(1, depth + 1)]
+                self.by_engine[engine] = trees.labels(*values), levels
 
-def _counter(name: str, documentation: str, labels: tuple[str, ...]) -> Counter:
-    """A counter; a second engine in one process shares the first one's."""
-    existing = REGISTRY._names_to_collectors.get(name)
-    if isinstance(existing, Counter):
-        return existing
-    return Counter(name, documentation, labels)
+        def observe(self, spec_decoding_stats: SpecDecodingStats, engine_idx: int = 0) -> None:
+            """Adds one step's counts."""
+            super().observe(spec_decoding_stats, engine_idx)
+            if engine_idx not in self.by_engine:
+                return
+            trees, levels = self.by_engine[engine_idx]
+            trees.inc(spec_decoding_stats.num_drafts)
+            for level, count in zip(levels, spec_decoding_stats.num_accepted_tokens_per_pos, strict=False):
+                level.inc(count)
+
+    PrometheusStatLogger._spec_decoding_cls = TreeSpecDecodingProm

@@ -45,8 +45,9 @@ class HeadRecipe:
         clip_value: gradients are clipped to this magnitude, element by element.
         feature_noise: width of the uniform noise, centred on zero, that is added to the target's features so
             that the head learns to live with its own inexact ones.
-        rollout_steps: drafting steps that are trained on from every position. 1 is the reference; with more,
-            the head also learns from its own features, which is what it reads inside a tree.
+        rollout: ``(fraction of the steps, drafting steps)`` in order: how many drafting steps are trained on
+            from every position. 1 is the reference; with more, the head also learns from its own features,
+            which is what it reads inside a tree. They cost as much each, so they come last.
         rollout_decay: weight of a step relative to the one before.
         loss: weights of the loss terms.
         checkpoint_steps: steps between checkpoints.
@@ -63,7 +64,7 @@ class HeadRecipe:
     warmup_steps: int = 2000
     clip_value: float = 0.5
     feature_noise: float = 0.2
-    rollout_steps: int = 1
+    rollout: tuple[tuple[float, int], ...] = ((1.0, 1),)
     rollout_decay: float = 1.0
     loss: LossWeights = LossWeights()
     checkpoint_steps: int = 100
@@ -164,7 +165,9 @@ def train_head(
             group["lr"] = recipe.lr * _learning_rate_scale(step, total_steps, recipe.warmup_steps)
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
         noise = torch.rand(*tokens.shape, spec.hidden_size, generator=generator).sub_(0.5).mul_(recipe.feature_noise)
-        loss = loss_of(target, head, tokens, segments, positions, noise, recipe)
+        loss = loss_of(
+            target, head, tokens, segments, positions, noise, _rollout_steps(recipe, step, total_steps), recipe
+        )
         loss.backward()
         torch.nn.utils.clip_grad_value_(head.parameters(), recipe.clip_value)
         optimizer.step()
@@ -197,6 +200,7 @@ def rollout_loss(
     segments: Tensor,
     positions: Tensor,
     noise: Tensor,
+    rollout_steps: int,
     recipe: HeadRecipe,
 ) -> Tensor:
     """Loss of one batch over all rollout steps, in bf16 autocast.
@@ -208,7 +212,8 @@ def rollout_loss(
         segments: ``[B, L] int64``, 0 for padding.
         positions: ``[B, L] int64``.
         noise: ``[B, L, C]`` added to the features that the head reads, not to those it is compared with.
-        recipe: steps and weights.
+        rollout_steps: drafting steps from every position.
+        recipe: weights.
 
     Returns:
         Scalar, the weighted mean of the steps' losses.
@@ -220,9 +225,7 @@ def rollout_loss(
             target_probs = F.linear(features, lm_head).float().softmax(-1)
             embeds = target.get_input_embeddings()(tokens)
         total, weight, weights = torch.zeros(()), 1.0, 0.0
-        for step, output in enumerate(
-            rollout(head, embeds, features + noise, segments, positions, recipe.rollout_steps)
-        ):
+        for step, output in enumerate(rollout(head, embeds, features + noise, segments, positions, rollout_steps)):
             right = output.contrast() if head.spec.has_contrast else None
             loss = head_loss(output.feature(), right, features, target_probs, lm_head, segments, recipe.loss, step)
             total, weights = total + weight * loss, weights + weight
@@ -234,6 +237,15 @@ def _learning_rate_scale(step: int, total: int, warmup: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def _rollout_steps(recipe: HeadRecipe, step: int, total: int) -> int:
+    end = 0.0
+    for fraction, rollout_steps in recipe.rollout:
+        end += fraction
+        if step < round(end * total):
+            return rollout_steps
+    return recipe.rollout[-1][1]
 
 
 def _batches(documents: Shard, recipe: HeadRecipe, total_steps: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

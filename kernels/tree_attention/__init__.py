@@ -10,12 +10,12 @@ set in its ancestor word:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from .cpu_kernel import Plan, attend
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,17 @@ class TreeJobs:
     row_counts: Tensor
     node_starts: Tensor
     node_counts: Tensor
+    _plans: dict[tuple[int, int], tuple[Tensor, Tensor, Plan]] = field(default_factory=dict, init=False, repr=False)
+
+    def plan(self, ancestors: Tensor, depths: Tensor) -> Plan:
+        """The layout of a step, the same for all its layers and so computed once."""
+        key = (id(ancestors), id(depths))
+        if key not in self._plans:
+            rows = _padded(self.row_starts, self.row_counts)
+            nodes, _ = _padded(self.node_starts, self.node_counts)
+            plan = Plan(self.block_tables, self.context_lens, rows, nodes, ancestors, depths)
+            self._plans[key] = ancestors, depths, plan  # holding both keeps their identities theirs
+        return self._plans[key][2]
 
 
 LAYOUTS = ("vec", "amx")
@@ -100,51 +111,28 @@ def tree_attention(
         raise ValueError(f"tree_attention has no kernel for device {query.device}; use the CPU")
     if cache.layout not in LAYOUTS:
         raise ValueError(f"KV layout must be one of {', '.join(LAYOUTS)}, got {cache.layout!r}")
-    if cache.pages.dtype not in _TABLE_BITS or cache.pages.dtype != query.dtype:
-        raise ValueError(f"KV dtype must be the query's and 16 or 32 bits wide, got {cache.pages.dtype}, {query.dtype}")
-    from .cpu_kernel import attend_parallel
-
-    pages, block, dim = cache.pages, cache.block_size, query.shape[2]
-    raw = pages.view(pages.shape[0], pages.shape[1], 2, block * dim)
-    exact = query.dtype == torch.float32
-    result = out if exact and out.is_contiguous() else torch.empty(query.shape, dtype=torch.float32)
-    attend_parallel(
-        _float32(query),
-        raw.numpy() if exact else raw.view(torch.uint16).numpy(),
-        _NO_TABLE if exact else _float_table(query.dtype),
-        LAYOUTS.index(cache.layout),
-        block,
-        jobs.block_tables.numpy(),
-        jobs.context_lens.numpy(),
-        jobs.row_starts.numpy(),
-        jobs.row_counts.numpy(),
-        jobs.node_starts.numpy(),
-        jobs.node_counts.numpy(),
-        _float32(tree_keys),
-        _float32(tree_values),
-        ancestors.numpy(),
-        depths.numpy(),
-        np.float32(scale),
-        np.float32(softcap),
+    if cache.pages.dtype != query.dtype:
+        raise ValueError(f"KV pages must have the query's dtype {query.dtype}, got {cache.pages.dtype}")
+    if not jobs.row_counts.numel():
+        return out
+    pages = cache.pages
+    attend(
+        query,
+        pages.view(pages.shape[0], pages.shape[1], 2, -1),
+        cache.layout,
+        jobs.plan(ancestors, depths),
+        tree_keys,
+        tree_values,
+        scale,
+        softcap,
         window,
-        result.numpy(),
+        out,
     )
-    if result is not out:
-        for start, count in zip(jobs.row_starts.tolist(), jobs.row_counts.tolist(), strict=True):
-            out[start : start + count] = result[start : start + count]
     return out
 
 
-_TABLE_BITS = {torch.float32: 32, torch.bfloat16: 16, torch.float16: 16}
-_NO_TABLE = np.empty(0, dtype=np.float32)
-
-
-@lru_cache
-def _float_table(dtype: torch.dtype) -> np.ndarray:
-    """Every 16-bit value of ``dtype`` as float32."""
-    words = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
-    return words.view(dtype).float().numpy()
-
-
-def _float32(x: Tensor) -> np.ndarray:
-    return x.float().contiguous().numpy()
+def _padded(starts: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Ranges as a matrix: ``([J, W] int64, [J, W] bool)``; padding repeats a range's last index."""
+    order = torch.arange(int(counts.max()))
+    last = (counts - 1).clamp(min=0).unsqueeze(1)
+    return starts.unsqueeze(1) + torch.minimum(order, last), order < counts.unsqueeze(1)

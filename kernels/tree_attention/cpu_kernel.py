@@ -1,217 +1,191 @@
-"""Tree attention on the CPU, compiled by Numba, reading vLLM's pages in place.
+"""Tree attention on the CPU in batched PyTorch, reading vLLM's pages chunk by chunk.
 
-T query rows, H query heads, G KV heads, D head size, P pages of B slots, J jobs (sequences), N nodes.
+J sequences, R rows (padded), H query heads, G KV heads, D head size, C pages per chunk, B slots per page,
+N nodes (padded), and M = R * H / G query rows per KV head.
 
-One task is one sequence and one KV head: each page is read once for all rows and query heads of the group.
-Softmax is computed online, page by page; the tree's nodes come last, from contiguous tensors.
+Softmax is computed online: the tree's nodes come first, then the context in chunks, so memory does not grow
+with the context. There is no loop over sequences, rows or nodes.
 """
 
 from __future__ import annotations
 
-import numba
-import numba.extending
-import numpy as np
+import torch
+from torch import Tensor
 
-# Reassociation and fused multiply-add let the loops vectorise; infinities and NaNs keep their meaning.
-_FAST = {"reassoc", "contract", "arcp", "nsz"}
-
-_LOG2E = np.float32(1.4426950408889634)
-_LN2_HIGH = np.float32(0.693359375)
-_LN2_LOW = np.float32(-2.12194440e-4)
+#: Slots, over all sequences, that are unpacked at a time.
+CHUNK_SLOTS = 8192
 
 
-@numba.njit(fastmath=_FAST, inline="always")
-def _exp_rows(values, bits, count):
-    """Exponentiates ``values[:count]`` (at most 0) in place with a vectorisable polynomial (Cephes' expf)."""
-    for j in range(count):
-        x = max(values[j], np.float32(-87.0))
-        n = np.floor(x * _LOG2E + np.float32(0.5))
-        r = x - n * _LN2_HIGH - n * _LN2_LOW
-        p = np.float32(1.9875691500e-4)
-        p = p * r + np.float32(1.3981999507e-3)
-        p = p * r + np.float32(8.3334519073e-3)
-        p = p * r + np.float32(4.1665795894e-2)
-        p = p * r + np.float32(1.6666665459e-1)
-        p = p * r + np.float32(5.0000001201e-1)
-        bits[j] = (np.int32(n) + np.int32(127)) << np.int32(23)
-        values[j] = p * r * r + r + np.float32(1.0)
-    scale = bits.view(np.float32)
-    for j in range(count):
-        values[j] *= scale[j]
+class RunningSoftmax:
+    """Attention over several sets of keys: maximum, sum and weighted values so far."""
+
+    def __init__(self, query: Tensor, softcap: float) -> None:
+        """Starts empty; ``query [J, 1, G, M, D] float32`` is scaled already."""
+        self.query = query
+        self.softcap = softcap
+        self.maximum = query.new_full((*query.shape[:-1], 1), float("-inf"))
+        self.total = torch.zeros_like(self.maximum)
+        self.values = torch.zeros_like(query)
+
+    def add(self, keys: Tensor, values: Tensor, hidden: Tensor) -> None:
+        """Adds C sets of S keys each.
+
+        Args:
+            keys: ``[J, C, G, D, S] float32``.
+            values: ``[J, C, G, S, D] float32``, finite.
+            hidden: bool, broadcasts to ``[J, C, G, M, S]``; what a row does not see.
+        """
+        scores = self.query @ keys
+        if self.softcap > 0:
+            scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
+        scores = scores.masked_fill_(hidden, float("-inf"))
+        maximum = torch.maximum(self.maximum, scores.amax(dim=(1, 4), keepdim=True))
+        # Where nothing was seen yet the maximum is -inf; 0 in its place leaves every weight at exp(-inf) = 0.
+        pivot = maximum.masked_fill(maximum == float("-inf"), 0.0)
+        weights = scores.sub_(pivot).exp_()
+        kept = self.maximum.sub_(pivot).exp_()
+        self.total = self.total.mul_(kept).add_(weights.sum(dim=(1, 4), keepdim=True))
+        self.values = self.values.mul_(kept).add_((weights @ values).sum(dim=1, keepdim=True))
+        self.maximum = maximum
+
+    def result(self) -> Tensor:
+        """``[J, G, M, D]``."""
+        return (self.values / self.total).squeeze(1)
 
 
-def _widen(word, table):
-    """One stored value as float32; chosen by type when the kernel is compiled."""
-    raise NotImplementedError("only called from compiled code")
+def unpack_pages(pages: Tensor, layout: str, dim: int) -> tuple[Tensor, Tensor]:
+    """Unpacks raw pages.
 
+    Args:
+        pages: ``[..., 2, B * D]``, the keys' half before the values'.
+        layout: ``vec`` stores keys ``[D, B]`` and values ``[B, D]``; ``amx`` keys ``[B/16, D/2, 16, 2]`` and
+            values ``[D/16, B/2, 16, 2]``.
+        dim: D.
 
-@numba.extending.overload(_widen, inline="always")
-def _widen_overload(word, table):
-    if isinstance(word, numba.types.Float):
-        return lambda word, table: word
-    return lambda word, table: table[word]
-
-
-@numba.njit(fastmath=_FAST, inline="always")
-def _load_page(page, half, layout, block, dim, table, out):
-    """Unpacks one page's keys into ``[D, B]`` (half 0) or values into ``[B, D]`` (half 1) as float32.
-
-    ``page`` is ``[2, B * D]`` of raw float32, or of 16-bit words looked up in ``table``.
-    ``layout`` 0: keys ``[D, B]``, values ``[B, D]``; 1 (AMX): keys ``[B/16, D/2, 16, 2]``, values
-    ``[D/16, B/2, 16, 2]``.
+    Returns:
+        ``(keys [..., D, B] float32, values [..., B, D] float32)``.
     """
-    raw = page[half]
-    if layout == 0:
-        for i in range(block * dim):
-            out[i] = _widen(raw[i], table)
-    elif half == 0:
-        for slot in range(block):
-            for d in range(dim):
-                source = (((slot // 16) * (dim // 2) + d // 2) * 16 + slot % 16) * 2 + d % 2
-                out[d * block + slot] = _widen(raw[source], table)
+    keys, values = pages.float().unbind(dim=-2)
+    block = keys.shape[-1] // dim
+    if layout == "vec":
+        return keys.unflatten(-1, (dim, block)), values.unflatten(-1, (block, dim))
+    tiles = keys.unflatten(-1, (block // 16, dim // 2, 16, 2))  # [..., slot // 16, d // 2, slot % 16, d % 2]
+    keys = tiles.permute(*range(tiles.ndim - 4), -3, -1, -4, -2).flatten(-4, -3).flatten(-2)
+    tiles = values.unflatten(-1, (dim // 16, block // 2, 16, 2))  # [..., d // 16, slot // 2, d % 16, slot % 2]
+    values = tiles.permute(*range(tiles.ndim - 4), -3, -1, -4, -2).flatten(-4, -3).flatten(-2)
+    return keys, values
+
+
+class Plan:
+    """What all layers of a step share: indices and masks, each computed once."""
+
+    def __init__(
+        self,
+        block_tables: Tensor,
+        context_lens: Tensor,
+        rows: tuple[Tensor, Tensor],
+        nodes: Tensor,
+        ancestors: Tensor,
+        depths: Tensor,
+    ) -> None:
+        """Lays out a step.
+
+        Args:
+            block_tables: ``[J, *] int32``.
+            context_lens: ``[J] int64``.
+            rows: ``([J, R] int64, [J, R] bool)`` rows of each sequence, and which entries are no padding.
+            nodes: ``[J, N] int64`` rows of each tree's keys.
+            ancestors: ``[T] int64``.
+            depths: ``[T] int64``.
+        """
+        self.block_tables = block_tables
+        self.context_lens = context_lens
+        self.row_index, is_row = rows
+        self.node_index = nodes
+        self.is_row = None if bool(is_row.all()) else is_row
+        self.longest = int(context_lens.max())
+        self.positions = context_lens.unsqueeze(1) + depths[self.row_index]  # [J, R]
+        bits = (ancestors[self.row_index].unsqueeze(2) >> torch.arange(nodes.shape[1])) & 1
+        self.unseen = bits == 0  # [J, R, N]
+        # Nodes that no row names may hold anything: their weight is 0, but 0 * NaN would not be.
+        nameless = self.unseen.all(dim=1)
+        self.nameless = nameless[:, :, None, None] if bool(nameless.any()) else None
+        self._masks: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+
+    def tree_mask(self, group: int) -> Tensor:
+        """``[J, 1, 1, M, N]`` nodes that a row does not see."""
+        return self.unseen.repeat_interleave(group, dim=1).unsqueeze(1).unsqueeze(1)
+
+    def context_masks(self, first: int, count: int, block: int, group: int, window: int) -> tuple[Tensor, Tensor]:
+        """Masks of ``count`` pages from page ``first``.
+
+        Returns:
+            ``([J, C, 1, 1 or M, B], [J, C, 1, B, 1])``: slots that a row does not see, and slots beyond the
+            context, which hold nobody's KV.
+        """
+        key = (first, count, block, group, window)
+        if key not in self._masks:
+            jobs = self.context_lens.shape[0]
+            slots = torch.arange(first * block, (first + count) * block).view(1, count, 1, 1, block)
+            beyond = slots >= self.context_lens.view(jobs, 1, 1, 1, 1)
+            hidden = beyond
+            if window > 0:
+                oldest = (self.positions - window).repeat_interleave(group, dim=1)
+                hidden = beyond | (slots <= oldest.view(jobs, 1, 1, -1, 1))
+            self._masks[key] = hidden, beyond.transpose(3, 4)
+        return self._masks[key]
+
+
+def attend(
+    query: Tensor,
+    pages: Tensor,
+    layout: str,
+    plan: Plan,
+    tree_keys: Tensor,
+    tree_values: Tensor,
+    scale: float,
+    softcap: float,
+    window: int,
+    out: Tensor,
+) -> None:
+    """Attends; see ``tree_attention`` for the meaning.
+
+    Args:
+        query: ``[T, H, D]``.
+        pages: ``[P, G, 2, B * D]``.
+        layout: of the pages.
+        plan: of the step.
+        tree_keys: ``[*, G, D]``.
+        tree_values: ``[*, G, D]``.
+        scale: of the scores.
+        softcap: 0 for none.
+        window: -1 for none.
+        out: ``[T, H, D]``, written at the plan's rows.
+    """
+    jobs, rows = plan.row_index.shape
+    heads, dim = query.shape[1:]
+    kv_heads = pages.shape[1]
+    block = pages.shape[3] // dim
+    group = heads // kv_heads
+    # [J, R, G, H / G, D] -> [J, 1, G, M, D], rows outermost within a KV head
+    grouped = (query[plan.row_index].float() * scale).unflatten(2, (kv_heads, group))
+    softmax = RunningSoftmax(grouped.permute(0, 2, 1, 3, 4).flatten(2, 3).unsqueeze(1), softcap)
+
+    keys, values = tree_keys[plan.node_index].float(), tree_values[plan.node_index].float()  # [J, N, G, D]
+    if plan.nameless is not None:
+        keys, values = keys.masked_fill(plan.nameless, 0.0), values.masked_fill(plan.nameless, 0.0)
+    softmax.add(keys.permute(0, 2, 3, 1).unsqueeze(1), values.transpose(1, 2).unsqueeze(1), plan.tree_mask(group))
+
+    num_pages = -(-plan.longest // block)
+    per_chunk = max(1, CHUNK_SLOTS // (block * jobs))
+    for first in range(0, num_pages, per_chunk):
+        table = plan.block_tables[:, first : min(first + per_chunk, num_pages)]
+        keys, values = unpack_pages(pages[table], layout, dim)  # [J, C, G, D, B], [J, C, G, B, D]
+        hidden, beyond = plan.context_masks(first, table.shape[1], block, group, window)
+        softmax.add(keys, values.masked_fill_(beyond, 0.0), hidden)
+
+    found = softmax.result().unflatten(2, (rows, group)).transpose(1, 2).flatten(2, 3).to(out.dtype)  # [J, R, H, D]
+    if plan.is_row is None:
+        out[plan.row_index] = found
     else:
-        for slot in range(block):
-            for d in range(dim):
-                source = (((d // 16) * (block // 2) + slot // 2) * 16 + d % 16) * 2 + slot % 2
-                out[slot * dim + d] = _widen(raw[source], table)
-
-
-@numba.njit(fastmath=_FAST, inline="always")
-def _fold(scores, bits, count, value_rows, offset, dim, acc, maximum, total):
-    """Adds ``count`` scored values to one row's running softmax; returns its new maximum and sum."""
-    new = maximum
-    for j in range(count):
-        new = max(new, scores[j])
-    if new == np.float32(-np.inf):
-        return maximum, total
-    if new > maximum:
-        rescale = np.float32(0.0) if maximum == np.float32(-np.inf) else np.exp(maximum - new)
-        total *= rescale
-        for d in range(dim):
-            acc[d] *= rescale
-    for j in range(count):
-        scores[j] -= new
-    _exp_rows(scores, bits, count)
-    for j in range(count):
-        weight = scores[j]
-        total += weight
-        start = (offset + j) * dim
-        for d in range(dim):
-            acc[d] += weight * value_rows[start + d]
-    return new, total
-
-
-def _attend(
-    query,  # [T, H, D] float32
-    cache,  # [P, G, 2, B * D] float32 or uint16
-    table,  # [65536] float32, or empty when the cache is float32
-    layout,  # int
-    block,  # int
-    block_tables,  # [J, M] int32
-    context_lens,  # [J] int64
-    row_starts,  # [J] int64
-    row_counts,  # [J] int64
-    node_starts,  # [J] int64
-    node_counts,  # [J] int64
-    tree_keys,  # [N, G, D] float32
-    tree_values,  # [N, G, D] float32
-    ancestors,  # [T] int64
-    depths,  # [T] int64
-    scale,
-    softcap,
-    window,
-    out,  # [T, H, D] float32
-):
-    jobs, kv_heads, dim = row_starts.shape[0], tree_keys.shape[1], query.shape[2]
-    group = query.shape[1] // kv_heads
-    for task in numba.prange(jobs * kv_heads):
-        job, g = task // kv_heads, task % kv_heads
-        first_row, context = row_starts[job], context_lens[job]
-        rows = row_counts[job] * group
-        acc = np.zeros((rows, dim), dtype=np.float32)
-        maxima = np.full(rows, -np.inf, dtype=np.float32)
-        totals = np.zeros(rows, dtype=np.float32)
-        scores = np.empty((4, block), dtype=np.float32)
-        bits = np.empty(block, dtype=np.int32)
-        keys = np.empty(block * dim, dtype=np.float32)
-        values = np.empty(block * dim, dtype=np.float32)
-
-        earliest = 0
-        if window > 0:
-            earliest = max(0, context - window + 1)
-        for start in range(earliest // block * block, context, block):
-            page = cache[block_tables[job, start // block], g]
-            _load_page(page, 0, layout, block, dim, table, keys)
-            _load_page(page, 1, layout, block, dim, table, values)
-            count = min(block, context - start)
-            for first in range(0, rows, 4):
-                width = min(4, rows - first)
-                for i in range(width):
-                    for j in range(block):
-                        scores[i, j] = np.float32(0.0)
-                if width == 4:
-                    r0, h0 = first_row + first // group, g * group + first % group
-                    r1, h1 = first_row + (first + 1) // group, g * group + (first + 1) % group
-                    r2, h2 = first_row + (first + 2) // group, g * group + (first + 2) % group
-                    r3, h3 = first_row + (first + 3) // group, g * group + (first + 3) % group
-                    for d in range(dim):
-                        q0, q1 = query[r0, h0, d] * scale, query[r1, h1, d] * scale
-                        q2, q3 = query[r2, h2, d] * scale, query[r3, h3, d] * scale
-                        for j in range(block):
-                            k = keys[d * block + j]
-                            scores[0, j] += q0 * k
-                            scores[1, j] += q1 * k
-                            scores[2, j] += q2 * k
-                            scores[3, j] += q3 * k
-                else:
-                    for i in range(width):
-                        row, head = first_row + (first + i) // group, g * group + (first + i) % group
-                        for d in range(dim):
-                            q = query[row, head, d] * scale
-                            for j in range(block):
-                                scores[i, j] += q * keys[d * block + j]
-                for i in range(width):
-                    row = first_row + (first + i) // group
-                    skip = 0
-                    if window > 0:
-                        skip = min(max(context + depths[row] - window + 1 - start, 0), count)
-                    if softcap > 0:
-                        for j in range(skip, count):
-                            scores[i, j] = softcap * np.tanh(scores[i, j] / softcap)
-                    maxima[first + i], totals[first + i] = _fold(
-                        scores[i, skip:],
-                        bits,
-                        count - skip,
-                        values,
-                        skip,
-                        dim,
-                        acc[first + i],
-                        maxima[first + i],
-                        totals[first + i],
-                    )
-
-        for r in range(rows):
-            row, head = first_row + r // group, g * group + r % group
-            word = ancestors[row]
-            for j in range(node_counts[job]):
-                if (word >> j) & 1 == 0:
-                    continue
-                node = node_starts[job] + j
-                score = np.float32(0.0)
-                for d in range(dim):
-                    score += query[row, head, d] * tree_keys[node, g, d]
-                score *= scale
-                if softcap > 0:
-                    score = softcap * np.tanh(score / softcap)
-                new = max(maxima[r], score)
-                rescale = np.float32(0.0) if maxima[r] == np.float32(-np.inf) else np.exp(maxima[r] - new)
-                weight = np.exp(score - new)
-                for d in range(dim):
-                    acc[r, d] = acc[r, d] * rescale + weight * tree_values[node, g, d]
-                totals[r] = totals[r] * rescale + weight
-                maxima[r] = new
-            for d in range(dim):
-                out[row, head, d] = acc[r, d] / totals[r]
-
-
-attend_parallel = numba.njit(parallel=True, fastmath=_FAST, cache=True, nogil=True)(_attend)
+        out[plan.row_index[plan.is_row]] = found[plan.is_row]

@@ -1,0 +1,93 @@
+"""Engines for the integration tests; each runs in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from jakiro_vllm.draft.registry import EMBEDDED_HEAD, EMBEDDED_TARGET
+from jakiro_vllm.environment import server_environment
+
+SESSION = Path(__file__).with_name("engine_session.py")
+
+#: What every engine here shares: fp32, small pages so that requests cross many, a small cache.
+ENGINE = {
+    "model": str(EMBEDDED_TARGET),
+    "dtype": "float32",
+    "enforce_eager": True,
+    "block_size": 32,
+    "max_model_len": 512,
+    "max_num_seqs": 8,
+    "kv_cache_memory_bytes": 1 << 28,
+    "enable_prefix_caching": True,
+    "seed": 0,
+}
+JAKIRO = {
+    "method": "jakiro",
+    "model": str(EMBEDDED_HEAD),
+    "num_speculative_tokens": 24,
+    "tree": {"depth": 6, "top_k": 8},
+}
+
+@pytest.fixture(scope="session")
+def plain_engine() -> dict[str, Any]:
+    """Arguments of plain vLLM.
+
+    Its budget holds every prompt at once: vLLM 0.32 ends the CPU engine when a seeded request's prompt is
+    chunked, because it rewinds a generator in a way that CPU generators do not have.
+    """
+    return {**ENGINE, "max_num_batched_tokens": 8 * ENGINE["max_model_len"]}
+
+
+@pytest.fixture(scope="session")
+def jakiro_engine() -> dict[str, Any]:
+    """Arguments of vLLM with trees, and a budget that chunks prompts and cuts trees."""
+    return {**ENGINE, "max_num_batched_tokens": 160, "speculative_config": JAKIRO}
+
+
+RunEngine = Callable[[dict[str, Any], list[dict[str, Any]]], list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="session")
+def run_engine(tmp_path_factory: pytest.TempPathFactory) -> RunEngine:
+    """Runs phases on a fresh engine and returns its answers; see ``engine_session``."""
+
+    def run(engine: dict[str, Any], phases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        folder = tmp_path_factory.mktemp("engine")
+        request, response = folder / "request.json", folder / "response.json"
+        request.write_text(json.dumps({"engine": engine, "phases": phases}))
+        done = subprocess.run(
+            [sys.executable, str(SESSION), str(request), str(response)],
+            env=server_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=550,
+            check=False,
+        )
+        assert response.exists(), f"the engine ended with {done.returncode}:\n{done.stdout[-6000:]}"
+        return json.loads(response.read_text())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """The embedded target's."""
+    return AutoTokenizer.from_pretrained(EMBEDDED_TARGET)
+
+
+@pytest.fixture(scope="session")
+def source_tokens(tokenizer: Any) -> list[int]:
+    """A long stretch of Python code, from the interpreter's own library."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    text = "".join((library / name).read_text(encoding="utf-8") for name in ("argparse.py", "shlex.py", "heapq.py"))
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

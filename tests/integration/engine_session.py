@@ -1,0 +1,195 @@
+"""Runs one engine in its own process and answers a list of phases: ``engine_session.py REQUEST RESPONSE``.
+
+The engine lives in this process (no engine-core process), so that a phase can sabotage it (a negative
+control) or look into its KV cache. Paths are JSON files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+import torch
+from vllm import LLM, SamplingParams
+from vllm.inputs import TokensPrompt
+
+
+def runner_of(llm: LLM) -> Any:
+    """The model runner of an engine that lives in this process."""
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
+def sabotage(runner: Any, what: str) -> Any:
+    """Breaks one part of tree decoding; returns a function that mends it."""
+    cls = type(runner)
+    if what == "mask":  # every row of a tree sees every node before it, whatever its branch
+        original = cls._attach_trees
+
+        def see_all(self: Any, step: Any, per_layer: Any) -> None:
+            width = torch.arange(step.trees.width)
+            words = (torch.ones_like(width) << width).cumsum(0).expand_as(step.trees.ancestors)
+            step.trees = type(step.trees)(
+                step.trees.tokens, step.trees.parents, step.trees.depths, words, step.trees.num_nodes
+            )
+            original(self, step, per_layer)
+
+        cls._attach_trees = see_all
+        return lambda: setattr(cls, "_attach_trees", original)
+    if what == "compaction":
+        kept = runner._compact
+        runner._compact = lambda step: None
+        return lambda: setattr(runner, "_compact", kept)
+    if what == "positions":  # tree rows keep the position of their slot
+        original = cls._prepare_inputs
+
+        def keep_positions(self: Any, scheduler_output: Any, counts: Any) -> Any:
+            result = original(self, scheduler_output, counts)
+            step = self._step
+            if step.tree_requests.numel():
+                rows, requests, nodes = step.tree_row_index()
+                self.positions[rows] = step.base[requests] + nodes
+            return result
+
+        cls._prepare_inputs = keep_positions
+        return lambda: setattr(cls, "_prepare_inputs", original)
+    raise ValueError(what)
+
+
+class Acceptance:
+    """Counts what the walk accepts, and which shapes of batches were verified."""
+
+    def __init__(self, runner: Any) -> None:
+        self.drafts = self.accepted = self.moved = self.mixed = self.steps = 0
+        self.by_depth: dict[int, int] = {}
+        original = runner._compact
+
+        def compact(step: Any) -> None:
+            trees = step.tree_requests
+            counts = step.committed.counts[trees] - 1
+            self.steps += 1
+            self.drafts += trees.numel()
+            self.accepted += int(counts.sum())
+            self.moved += int(step.committed.moves()[0].numel())
+            self.mixed += 0 < trees.numel() < step.row_counts.numel()
+            for depth in counts.tolist():
+                self.by_depth[depth] = self.by_depth.get(depth, 0) + 1
+            original(step)
+
+        runner._compact = compact
+
+    def take(self) -> dict[str, Any]:
+        """Returns and resets the counts."""
+        taken = {k: v for k, v in vars(self).items() if k != "by_depth"} | {"by_depth": self.by_depth}
+        self.drafts = self.accepted = self.moved = self.mixed = self.steps = 0
+        self.by_depth = {}
+        return taken
+
+
+def generate(llm: LLM, phase: dict[str, Any]) -> list[dict[str, Any]]:
+    """Runs a phase's requests together."""
+    prompts = [TokensPrompt(prompt_token_ids=r["prompt"]) for r in phase["requests"]]
+    params = [SamplingParams(**r["sampling"]) for r in phase["requests"]]
+    answers = llm.generate(prompts, params, use_tqdm=False)
+    found = []
+    for answer in answers:
+        first = answer.outputs[0]
+        logprobs = None
+        if first.logprobs is not None:
+            logprobs = [{str(t): lp.logprob for t, lp in position.items()} for position in first.logprobs]
+        found.append(
+            {
+                "tokens": list(first.token_ids),
+                "samples": [list(o.token_ids) for o in answer.outputs],
+                "text": first.text,
+                "finish": first.finish_reason,
+                "cached": answer.num_cached_tokens,
+                "logprobs": logprobs,
+            }
+        )
+    return found
+
+
+def read_kv(runner: Any, request: str, length: int) -> dict[str, torch.Tensor]:
+    """The KV of a live request's first tokens, per layer ``[length, G, 2, D]``, unpacked from its pages."""
+    index = runner.input_batch.req_id_to_index[request]
+    layers = runner.compilation_config.static_forward_context
+    block_size = runner.kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+    blocks = runner.input_batch.block_table[0].get_cpu_tensor()[index]
+    found = {}
+    for name, layer in layers.items():
+        pages = layer.kv_cache
+        dim = pages.shape[3] // 2
+        halves = pages.view(pages.shape[0], pages.shape[1], 2, block_size * dim)
+        rows = []
+        for position in range(length):
+            block, offset = int(blocks[position // block_size]), position % block_size
+            key = halves[block, :, 0].view(-1, dim, block_size)[:, :, offset]
+            value = halves[block, :, 1].view(-1, block_size, dim)[:, offset]
+            rows.append(torch.stack([key, value], dim=1))
+        found[name] = torch.stack(rows).clone()
+    return found
+
+
+def compare_kv(llm: LLM, runner: Any, phase: dict[str, Any]) -> dict[str, Any]:
+    """Speculates a while, then prefills the same tokens into fresh pages and compares the caches."""
+    engine = llm.llm_engine
+
+    def run(name: str, prompt: list[int], stop_after: int) -> tuple[dict[str, torch.Tensor], list[int]]:
+        llm.reset_prefix_cache()
+        params = SamplingParams(temperature=0.0, max_tokens=4096, ignore_eos=True)
+        engine.add_request(name, TokensPrompt(prompt_token_ids=prompt), params)
+        while True:
+            outputs = engine.step()
+            if outputs and len(outputs[0].outputs[0].token_ids) >= stop_after:
+                break
+        tokens = prompt + list(outputs[0].outputs[0].token_ids)
+        internal = next(iter(runner.input_batch.req_id_to_index))
+        kv = read_kv(runner, internal, len(tokens) - 1)  # the last token's KV is not computed yet
+        engine.abort_request([name])
+        engine.step()
+        return kv, tokens
+
+    speculated, tokens = run("speculated", phase["prompt"], phase["tokens"])
+    recomputed, _ = run("recomputed", tokens[:-1], 1)
+    length = len(tokens) - 1
+    # The head's entry at a position also depends on the next token, which the last position has not seen.
+    return {
+        name: float((speculated[name][: length - 1] - recomputed[name][: length - 1]).abs().max())
+        for name in speculated
+    }
+
+
+def main() -> None:
+    """Builds the engine, runs the phases, writes the answers."""
+    request = json.loads(Path(sys.argv[1]).read_text())
+    llm = LLM(**request["engine"])
+    runner = runner_of(llm)
+    acceptance = Acceptance(runner) if hasattr(runner, "_compact") else None
+    answers = []
+    for phase in request["phases"]:
+        if phase.get("fresh_cache"):
+            llm.reset_prefix_cache()
+        mend = sabotage(runner, phase["sabotage"]) if phase.get("sabotage") else None
+        try:
+            if phase.get("kind") == "kv":
+                answers.append({"difference": compare_kv(llm, runner, phase)})
+            else:
+                answers.append({"requests": generate(llm, phase)})
+        finally:
+            if mend is not None:
+                mend()
+        if acceptance is not None:
+            answers[-1]["acceptance"] = acceptance.take()
+    if acceptance is not None:
+        answers.append({"live_trees": len(runner.tree_store)})
+    Path(sys.argv[2]).write_text(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main()
