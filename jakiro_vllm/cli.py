@@ -111,7 +111,9 @@ def read_target_sizes(target: str) -> TargetSizes:
         config = AutoConfig.from_pretrained(target).get_text_config()
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise HeadCheckpointError(f"target {target!r} cannot be read ({reason}); give a folder or a hub name") from error
+        raise HeadCheckpointError(
+            f"target {target!r} cannot be read ({reason}); give a folder or a hub name"
+        ) from error
     heads = config.num_attention_heads
     return TargetSizes(
         name=target,

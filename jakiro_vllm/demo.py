@@ -19,8 +19,9 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from openai import OpenAI
 from rich.console import Console
@@ -32,18 +33,66 @@ from jakiro_vllm.errors import JakiroError
 
 START_TIMEOUT_S = 240.0
 
+#: Beginnings of Python code, written for this demo.
 PROMPTS = {
-    "stack": 'class Stack:\n    """A last-in, first-out container."""\n\n    def __init__(self):\n        self._items = []\n\n',
-    "read_lines": 'def read_lines(path, encoding="utf-8"):\n    """Return the lines of a text file."""\n',
-    "argparse": "import argparse\nimport sys\n\n\ndef main(argv=None):\n    parser = argparse.ArgumentParser(",
-    "test_case": "import unittest\n\n\nclass StackTest(unittest.TestCase):\n    def setUp(self):\n        self.stack = Stack()\n\n",
-    "point": "class Point:\n    def __init__(self, x, y):\n        self.x = x\n        self.y = y\n\n    def __repr__(self):\n",
-    "retry": "def retry(function, attempts=3):\n    for attempt in range(attempts):\n        try:\n",
-    "cache": "class Cache(dict):\n    def __getitem__(self, key):\n        try:\n            return super().__getitem__(key)\n        except KeyError:\n",
-    "walk": "import os\n\n\ndef find_files(root, suffix):\n    for dirpath, dirnames, filenames in os.walk(root):\n",
+    "stack": """\
+class Stack:
+    \"\"\"A last-in, first-out container.\"\"\"
+
+    def __init__(self):
+        self._items = []
+
+""",
+    "read_lines": """\
+def read_lines(path, encoding="utf-8"):
+    \"\"\"Return the lines of a text file.\"\"\"
+""",
+    "argparse": """\
+import argparse
+import sys
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(""",
+    "test_case": """\
+import unittest
+
+
+class StackTest(unittest.TestCase):
+    def setUp(self):
+        self.stack = Stack()
+
+""",
+    "point": """\
+class Point:
+    def __init__(self, x, y):
+        self.x = x
+        self.y = y
+
+    def __repr__(self):
+""",
+    "retry": """\
+def retry(function, attempts=3):
+    for attempt in range(attempts):
+        try:
+""",
+    "cache": """\
+class Cache(dict):
+    def __getitem__(self, key):
+        try:
+            return super().__getitem__(key)
+        except KeyError:
+""",
+    "walk": """\
+import os
+
+
+def find_files(root, suffix):
+    for dirpath, dirnames, filenames in os.walk(root):
+""",
 }
-GREEDY = {"temperature": 0.0}
-SAMPLED = {"temperature": 0.8, "top_p": 0.9, "extra_body": {"top_k": 50}}
+GREEDY: dict[str, Any] = {"temperature": 0.0}
+SAMPLED: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9, "extra_body": {"top_k": 50}}
 
 
 @dataclass
@@ -57,6 +106,34 @@ class Completion:
 
     tokens: list[int]
     seconds: float
+
+
+@dataclass
+class Row:
+    """One prompt on both sides.
+
+    Attributes:
+        prompt: its name.
+        sampling: ``greedy`` or ``seeded``.
+        tokens: answered with trees.
+        trees: verified for it.
+        accepted: draft tokens accepted for it.
+        seconds: per side.
+        identical: whether both sides gave the same tokens.
+    """
+
+    prompt: str
+    sampling: str
+    tokens: int
+    trees: int
+    accepted: int
+    seconds: dict[str, float]
+    identical: bool
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens per target forward, bonus token included."""
+        return 1 + self.accepted / max(1, self.trees)
 
 
 @dataclass
@@ -93,9 +170,9 @@ class Server:
                 raise JakiroError(f"the server did not answer within {START_TIMEOUT_S:.0f} s:\n{_tail(self.log)}")
             time.sleep(0.5)
 
-    def complete(self, prompt: str, max_tokens: int, **sampling: object) -> Completion:
+    def complete(self, prompt: str, max_tokens: int, **sampling: Any) -> Completion:
         """Streams one completion."""
-        extra = {"return_token_ids": True, **sampling.pop("extra_body", {})}  # type: ignore[dict-item]
+        extra = {"return_token_ids": True, **sampling.pop("extra_body", {})}
         started = time.perf_counter()
         stream = self.client.completions.create(
             model="target", prompt=prompt, max_tokens=max_tokens, stream=True, extra_body=extra, **sampling
@@ -162,7 +239,7 @@ def run_demo(output: Path, max_tokens: int) -> int:
         0 if every token was identical, 1 otherwise.
     """
     console = Console()
-    sides = {"plain": [], "jakiro": ["--speculative-model", str(EMBEDDED_HEAD)]}
+    sides: dict[str, list[str]] = {"plain": [], "jakiro": ["--speculative-model", str(EMBEDDED_HEAD)]}
     console.print("Starting two servers with the embedded target (fp32): plain vLLM, and vLLM with Jakiro trees ...")
     with tempfile.TemporaryDirectory() as folder:
         started = time.monotonic()
@@ -174,66 +251,80 @@ def run_demo(output: Path, max_tokens: int) -> int:
     console.print(
         f"[bold]{'identical' if result['identical'] else 'DIFFERENT'}[/bold]: acceptance length "
         f"{result['acceptance_length']:.2f} tokens per target forward; {rates['jakiro']:.0f} against "
-        f"{rates['plain']:.0f} tokens/s at batch 1 ({rates['jakiro'] / rates['plain']:.2f}x). Written to {output}."
+        f"{rates['plain']:.0f} tokens/s at batch 1 ({result['speedup']:.2f}x). Written to {output}."
     )
     return 0 if result["identical"] else 1
 
 
-def _compare(servers: dict[str, Server], max_tokens: int, console: Console) -> dict:
-    jakiro, plain = servers["jakiro"], servers["plain"]
+def _compare(servers: dict[str, Server], max_tokens: int, console: Console) -> dict[str, Any]:
     for server in servers.values():  # the first request pays for what is set up lazily
         server.complete(PROMPTS["stack"], 16, **GREEDY)
-    table = Table(title=f"Same prompts, one at a time, up to {max_tokens} tokens")
-    for column in ("prompt", "sampling", "tokens", "acceptance", "plain tok/s", "jakiro tok/s", "ratio", "identical"):
-        table.add_column(column, justify="left" if column in ("prompt", "sampling") else "right")
-    rows, seed = [], 0
+    rows: list[Row] = []
     for kind, sampling in (("greedy", GREEDY), ("seeded", SAMPLED)):
         for name, prompt in PROMPTS.items():
-            seed += 1
-            settings = dict(sampling) | ({"seed": seed} if kind == "seeded" else {})
-            order = (plain, jakiro) if seed % 2 else (jakiro, plain)
-            drafts, accepted = _spec_counters(jakiro)
-            answers = {id(server): server.complete(prompt, max_tokens, **settings) for server in order}
-            a, b = answers[id(plain)], answers[id(jakiro)]
-            new_drafts, new_accepted = _spec_counters(jakiro)
-            row = {
-                "prompt": name,
-                "sampling": kind,
-                "tokens": len(b.tokens),
-                "drafts": new_drafts - drafts,
-                "accepted": new_accepted - accepted,
-                "seconds": {"plain": a.seconds, "jakiro": b.seconds},
-                "identical": a.tokens == b.tokens and len(a.tokens) > 0,
-            }
-            rows.append(row)
-            table.add_row(
-                name,
-                kind,
-                str(row["tokens"]),
-                f"{1 + row['accepted'] / max(1, row['drafts']):.2f}",
-                f"{len(a.tokens) / a.seconds:.0f}",
-                f"{len(b.tokens) / b.seconds:.0f}",
-                f"{a.seconds / b.seconds:.2f}",
-                "yes" if row["identical"] else "NO",
-            )
-    console.print(table)
-    tokens = [row["tokens"] for row in rows]
+            seed = {"seed": len(rows)} if kind == "seeded" else {}
+            rows.append(_ask_both(servers, name, kind, prompt, max_tokens, sampling | seed, len(rows) % 2 == 0))
+    _print_table(rows, max_tokens, console)
+    rates = {side: statistics.median(row.tokens / row.seconds[side] for row in rows) for side in servers}
     return {
-        "identical": all(row["identical"] for row in rows),
-        "acceptance_length": 1 + sum(r["accepted"] for r in rows) / max(1, sum(r["drafts"] for r in rows)),
-        "tokens_per_second": {
-            side: statistics.median(n / r["seconds"][side] for n, r in zip(tokens, rows, strict=True))
-            for side in ("plain", "jakiro")
-        },
+        "identical": all(row.identical for row in rows),
+        "acceptance_length": 1 + sum(row.accepted for row in rows) / max(1, sum(row.trees for row in rows)),
+        "tokens_per_second": {side: rates[side] for side in ("plain", "jakiro")},
+        "speedup": statistics.median(row.seconds["plain"] / row.seconds["jakiro"] for row in rows),
         "dtype": "float32",
-        "rows": rows,
+        "rows": [asdict(row) for row in rows],
     }
 
 
-def _spec_counters(server: Server) -> tuple[float, float]:
+def _ask_both(
+    servers: dict[str, Server],
+    name: str,
+    kind: str,
+    prompt: str,
+    max_tokens: int,
+    sampling: dict[str, Any],
+    plain_first: bool,
+) -> Row:
+    trees, accepted = _spec_counters(servers["jakiro"])
+    order = ("plain", "jakiro") if plain_first else ("jakiro", "plain")
+    answers = {side: servers[side].complete(prompt, max_tokens, **sampling) for side in order}
+    new_trees, new_accepted = _spec_counters(servers["jakiro"])
+    return Row(
+        prompt=name,
+        sampling=kind,
+        tokens=len(answers["jakiro"].tokens),
+        trees=new_trees - trees,
+        accepted=new_accepted - accepted,
+        seconds={side: answer.seconds for side, answer in answers.items()},
+        identical=answers["plain"].tokens == answers["jakiro"].tokens and bool(answers["plain"].tokens),
+    )
+
+
+def _print_table(rows: list[Row], max_tokens: int, console: Console) -> None:
+    table = Table(title=f"Same prompts, one at a time, up to {max_tokens} tokens")
+    for column in ("prompt", "sampling"):
+        table.add_column(column)
+    for column in ("tokens", "acceptance length", "plain tok/s", "jakiro tok/s", "ratio", "identical"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        plain, jakiro = row.seconds["plain"], row.seconds["jakiro"]
+        table.add_row(
+            row.prompt,
+            row.sampling,
+            str(row.tokens),
+            f"{row.acceptance_length:.2f}",
+            f"{row.tokens / plain:.0f}",
+            f"{row.tokens / jakiro:.0f}",
+            f"{plain / jakiro:.2f}",
+            "yes" if row.identical else "NO",
+        )
+    console.print(table)
+
+
+def _spec_counters(server: Server) -> tuple[int, int]:
     return (
-        server.counter("vllm:spec_decode_num_drafts_total"),
-        server.counter("vllm:spec_decode_num_accepted_tokens_total"),
+        int(server.counter("vllm:spec_decode_num_drafts_total")),
+        int(server.counter("vllm:spec_decode_num_accepted_tokens_total")),
     )
 
 

@@ -87,12 +87,12 @@ class TreeStore:
         self._reserve(1)
         trees = self._trees.select(index.clamp(min=0))
         if strangers:
-            tokens = torch.full((len(strangers), self.num_nodes), -1, dtype=torch.int64, device=self.device)
+            drafts = torch.full((len(strangers), self.num_nodes), -1, dtype=torch.int64, device=self.device)
             for i, row in enumerate(strangers):
-                drafts = list(scheduled[row])
-                tokens[i, 1 : len(drafts) + 1] = torch.tensor(drafts, dtype=torch.int64, device=self.device)
+                count = len(scheduled[row])
+                drafts[i, 1 : count + 1] = torch.tensor(scheduled[row], dtype=torch.int64, device=self.device)
             rows = torch.tensor(strangers, dtype=torch.int64, device=self.device)
-            for mine, new in zip(_tensors(trees), _tensors(chains(tokens, num_nodes[rows])), strict=True):
+            for mine, new in zip(_tensors(trees), _tensors(chains(drafts, num_nodes[rows])), strict=True):
                 mine[rows] = new
         return TreeBatch(trees.tokens, trees.parents, trees.depths, trees.ancestors, num_nodes)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ Attend = Callable[[Tensor], Tensor]
 EXPERTS_PER_TOKEN = 2
 
 
-class Variant(str, Enum):
+class Variant(StrEnum):
     """Which MLP the head has.
 
     ``JAKIRO``: SwiGLU experts, a mixture and a contrastive output. ``JAKIRO_STAR``: GELU experts, trained

@@ -114,9 +114,7 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
         """
         trees = getattr(attn_metadata, "trees", None)
         if trees is None or not trees.only_trees:
-            super().forward(
-                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
-            )
+            super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
         if trees is not None:
             tree_attention(
                 query,

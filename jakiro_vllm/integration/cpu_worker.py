@@ -32,8 +32,8 @@ class JakiroCPUWorker(CPUWorker):
         backend = f"{TreeCPUAttentionBackend.__module__}.{TreeCPUAttentionBackend.__qualname__}"
         register_backend(AttentionBackendEnum.CPU_ATTN, backend)
         original = cpu_worker.CPUModelRunner
-        cpu_worker.CPUModelRunner = JakiroCPUModelRunner  # type: ignore[misc]
+        cpu_worker.CPUModelRunner = JakiroCPUModelRunner
         try:
             super().init_device()
         finally:
-            cpu_worker.CPUModelRunner = original  # type: ignore[misc]
+            cpu_worker.CPUModelRunner = original

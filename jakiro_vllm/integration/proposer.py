@@ -8,13 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 
 from jakiro_vllm.config import MAX_DEPTH, TreeConfig
 from jakiro_vllm.decode.drafter import TreeDrafter
+from jakiro_vllm.draft.candidates import LmHead
 from jakiro_vllm.draft.checkpoint import load_head
 from jakiro_vllm.errors import JakiroConfigError
 from jakiro_vllm.integration.front_end import ADDITIONAL_CONFIG_KEY
@@ -91,11 +92,7 @@ def _embedding_of(target: nn.Module) -> nn.Module:
     )
 
 
-def _lm_head_of(target: nn.Module) -> Any:
+def _lm_head_of(target: Any) -> LmHead:
     if not hasattr(target, "compute_logits"):
         raise JakiroConfigError(f"target {type(target).__name__} computes no logits; serve it without speculation")
-
-    def lm_head(features: Tensor) -> Tensor:
-        return target.compute_logits(features)
-
-    return lm_head
+    return target.compute_logits

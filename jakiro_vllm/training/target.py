@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def _learning_rate_scale(step: int, total: int, warmup: int) -> float:
     return 1.0 - 0.95 * (step - warmup) / max(1, total - warmup)
 
 
-def _batches(tokens: np.ndarray, recipe: TargetRecipe, total_steps: int):
+def _batches(tokens: np.ndarray, recipe: TargetRecipe, total_steps: int) -> Iterator[tuple[int, torch.Tensor]]:
     """Yields ``[B, L + 1] int64`` windows; each epoch starts at another offset."""
     rng = np.random.default_rng(recipe.seed)
     step = 0
@@ -128,9 +129,7 @@ def train_target(
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim < 2 or "embed" in n]
     optimizers = [
-        torch.optim.Muon(
-            matrices, lr=recipe.muon_lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
-        ),
+        torch.optim.Muon(matrices, lr=recipe.muon_lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=recipe.adamw_lr, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     base_lr = [group["lr"] for opt in optimizers for group in opt.param_groups]
@@ -144,7 +143,9 @@ def train_target(
             opt.load_state_dict(opt_state)
         first_step = state["step"]
     parameters = sum(p.numel() for p in model.parameters())
-    logger.info("target: %.2fM parameters, %d steps of %d tokens", parameters / 1e6, total_steps, recipe.tokens_per_step)
+    logger.info(
+        "target: %.2fM parameters, %d steps of %d tokens", parameters / 1e6, total_steps, recipe.tokens_per_step
+    )
 
     started, running = time.monotonic(), 0.0
     for step, windows in _batches(train_tokens, recipe, total_steps):
@@ -177,11 +178,11 @@ def train_target(
             )
             os.replace(partial, checkpoint)
 
-    loss = validation_loss(model, held_out_tokens)
-    logger.info("held-out loss %.3f nats per token", loss)
+    held_out_loss = validation_loss(model, held_out_tokens)
+    logger.info("held-out loss %.3f nats per token", held_out_loss)
     model.to(torch.bfloat16).save_pretrained(output)
     tokenizer.save_pretrained(output)
     (output / "training.json").write_text(
-        json.dumps({"steps": total_steps, "held_out_loss": loss, "parameters": parameters}, indent=2) + "\n"
+        json.dumps({"steps": total_steps, "held_out_loss": held_out_loss, "parameters": parameters}, indent=2) + "\n"
     )
     checkpoint.unlink(missing_ok=True)

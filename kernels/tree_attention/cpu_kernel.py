@@ -171,10 +171,11 @@ def attend(
     grouped = (query[plan.row_index].float() * scale).unflatten(2, (kv_heads, group))
     softmax = RunningSoftmax(grouped.permute(0, 2, 1, 3, 4).flatten(2, 3).unsqueeze(1), softcap)
 
-    keys, values = tree_keys[plan.node_index].float(), tree_values[plan.node_index].float()  # [J, N, G, D]
-    if plan.nameless is not None:
-        keys, values = keys.masked_fill(plan.nameless, 0.0), values.masked_fill(plan.nameless, 0.0)
-    softmax.add(keys.permute(0, 2, 3, 1).unsqueeze(1), values.transpose(1, 2).unsqueeze(1), plan.tree_mask(group))
+    if plan.node_index.shape[1]:
+        keys, values = tree_keys[plan.node_index].float(), tree_values[plan.node_index].float()  # [J, N, G, D]
+        if plan.nameless is not None:
+            keys, values = keys.masked_fill(plan.nameless, 0.0), values.masked_fill(plan.nameless, 0.0)
+        softmax.add(keys.permute(0, 2, 3, 1).unsqueeze(1), values.transpose(1, 2).unsqueeze(1), plan.tree_mask(group))
 
     num_pages = -(-plan.longest // block)
     per_chunk = max(1, CHUNK_SLOTS // (block * jobs))

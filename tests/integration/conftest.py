@@ -37,6 +37,7 @@ JAKIRO = {
     "tree": {"depth": 6, "top_k": 8},
 }
 
+
 @pytest.fixture(scope="session")
 def plain_engine() -> dict[str, Any]:
     """Arguments of plain vLLM.

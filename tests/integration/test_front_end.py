@@ -196,6 +196,6 @@ def test_modes_that_cannot_work_yet(arguments: dict[str, Any], message: str) -> 
 
 def test_unsupported_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     real = version.metadata.version
-    monkeypatch.setattr(version.metadata, "version", lambda name: "0.99.0" if "vllm" == name[:4] else real(name))
+    monkeypatch.setattr(version.metadata, "version", lambda name: "0.99.0" if name.startswith("vllm") else real(name))
     with pytest.raises(JakiroError, match=r"supports vLLM .*0\.32.* but vllm 0\.99\.0 is installed"):
         version.check_vllm_version()

@@ -61,7 +61,9 @@ def workload(
     run_engine: Callable[..., Any], plain_engine: dict[str, Any], source_tokens: list[int]
 ) -> dict[str, dict[str, Requests]]:
     """Both rounds and plain vLLM's answers, greedy and seeded."""
-    rounds = {name: first_round(source_tokens, sampling) for name, sampling in (("greedy", GREEDY), ("seeded", SAMPLED))}
+    rounds = {
+        name: first_round(source_tokens, sampling) for name, sampling in (("greedy", GREEDY), ("seeded", SAMPLED))
+    }
     firsts = run_engine(plain_engine, [{"requests": requests} for requests in rounds.values()])
     result = {}
     phases = []
@@ -102,9 +104,7 @@ def differences(expected: Requests, found: Requests) -> list[int]:
 
 @pytest.mark.parametrize("sampling", ["greedy", "seeded"])
 @pytest.mark.parametrize("turn", ["first", "second"])
-def test_same_tokens_as_plain(
-    workload: dict[str, Any], answers: dict[Any, Any], sampling: str, turn: str
-) -> None:
+def test_same_tokens_as_plain(workload: dict[str, Any], answers: dict[Any, Any], sampling: str, turn: str) -> None:
     expected, found = workload[sampling][f"{turn}_answers"], answers[sampling, turn]
     assert differences(expected, found["requests"]) == []
     assert {r["finish"] for r in found["requests"]} >= {"length", "stop"}

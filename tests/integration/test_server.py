@@ -122,7 +122,9 @@ def test_metrics(server: Server) -> None:
     assert accepted == server.counter("vllm:spec_decode_num_accepted_tokens_total") > 0
     depths = {
         int(depth): float(value)
-        for depth, value in re.findall(r'^vllm:jakiro_accepted_tokens_per_depth_total\{.*depth="(\d+)".*\} (\S+)$', text, re.MULTILINE)
+        for depth, value in re.findall(
+            r'^vllm:jakiro_accepted_tokens_per_depth_total\{.*depth="(\d+)".*\} (\S+)$', text, re.MULTILINE
+        )
     }
     assert sorted(depths) == [1, 2, 3, 4, 5, 6]
     assert list(depths.values()) == sorted(depths.values(), reverse=True)

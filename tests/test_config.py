@@ -1,0 +1,98 @@
+"""Every tunable is checked once, and every refusal says what was received and what is allowed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from jakiro_vllm.config import MAX_DEPTH, MAX_NODE_BUDGET, MAX_NODES, POLICIES, TreeConfig
+from jakiro_vllm.errors import HeadCheckpointError, JakiroConfigError, JakiroError
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pytest.param({}, id="defaults"),
+        pytest.param({"node_budget": 63, "depth": 6, "top_k": 10}, id="largest-budget"),
+        pytest.param({"node_budget": 59, "depth": 6, "top_k": 10}, id="paper"),
+        pytest.param({"node_budget": 1, "depth": 1, "top_k": 1}, id="smallest"),
+        pytest.param({"node_budget": 5, "depth": 1, "top_k": 63}, id="widest"),
+        pytest.param({"node_budget": 16, "depth": 16, "top_k": 4}, id="deepest"),
+        pytest.param({"node_budget": 8, "depth": 8, "top_k": 1}, id="chain"),
+        pytest.param({"node_budget": 33, "depth": 5, "top_k": 16}, id="scratch-just-full"),
+        *(pytest.param({"policy": policy}, id=policy) for policy in POLICIES),
+    ],
+)
+def test_valid_trees(values: dict[str, Any]) -> None:
+    config = TreeConfig(**values)
+    assert config == TreeConfig.from_dict(values)
+    assert config.num_nodes == config.node_budget + 1 <= MAX_NODES
+    # The beams of all levels that a head may run on fit one word.
+    assert (config.depth - 1) * config.top_k <= MAX_NODES
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 100, 2.0, "8", True, None])
+@pytest.mark.parametrize(
+    ("name", "shown", "highest"),
+    [
+        ("node_budget", "num_speculative_tokens", MAX_NODE_BUDGET),
+        ("depth", "tree.depth", MAX_DEPTH),
+        ("top_k", "tree.top_k", MAX_NODE_BUDGET),
+    ],
+)
+def test_numbers_out_of_range(name: str, shown: str, highest: int, wrong: object) -> None:
+    with pytest.raises(JakiroConfigError) as error:
+        TreeConfig(**{name: wrong})
+    message = str(error.value)
+    for part in (shown, f"[1, {highest}]", f"got {wrong!r}", "64"):
+        assert part in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(("name", "highest"), [("node_budget", 63), ("depth", 16), ("top_k", 63)])
+def test_the_limits_are_exact(name: str, highest: int) -> None:
+    others = {"node_budget": 63, "depth": 1, "top_k": 1}
+    TreeConfig(**(others | {name: highest}))
+    with pytest.raises(JakiroConfigError):
+        TreeConfig(**(others | {name: highest + 1}))
+
+
+@pytest.mark.parametrize("policy", ["best", "", "Mixture", None])
+def test_unknown_policies(policy: object) -> None:
+    with pytest.raises(JakiroConfigError) as error:
+        TreeConfig(policy=policy)
+    assert f"got {policy!r}" in str(error.value)
+    for allowed in POLICIES:
+        assert allowed in str(error.value)
+
+
+def test_a_budget_below_the_depth() -> None:
+    with pytest.raises(JakiroConfigError, match=r"at least tree\.depth, got 3 < 4; raise num_speculative_tokens"):
+        TreeConfig(node_budget=3, depth=4)
+
+
+def test_beams_that_do_not_fit_a_word() -> None:
+    with pytest.raises(JakiroConfigError, match=r"at most 64, got \(6 - 1\) \* 13 = 65; lower one of them"):
+        TreeConfig(depth=6, top_k=13)
+
+
+def test_unknown_keys() -> None:
+    with pytest.raises(JakiroConfigError) as error:
+        TreeConfig.from_dict({"depth": 3, "breadth": 2, "budget": 4})
+    message = str(error.value)
+    assert "breadth, budget" in message
+    for allowed in ("node_budget", "depth", "top_k", "policy"):
+        assert allowed in message
+
+
+def test_configurations_cannot_be_changed() -> None:
+    with pytest.raises(AttributeError):
+        TreeConfig().depth = 3  # type: ignore[misc]
+
+
+def test_every_refusal_is_a_value_error() -> None:
+    """So that argument parsers and pydantic report them as wrong input."""
+    for error in (JakiroError, JakiroConfigError, HeadCheckpointError):
+        assert issubclass(error, ValueError)
+        assert issubclass(error, JakiroError)
