@@ -49,8 +49,9 @@ format: setup ## Reformat the code and apply ruff's safe fixes
 pair: setup ## Train the embedded model pair anew, in build/pair
 	$(BIN)/python -m jakiro_vllm.training.pair --work build/pair $(PAIR_ARGS)
 
-bench: setup ## Run the end-to-end benchmarks
-	$(BIN)/jakiro-vllm bench $(BENCH_ARGS)
+bench: setup ## Measure acceptance length on held-out prompts, into build/acceptance.csv
+	mkdir -p build
+	$(BIN)/python benchmarks/acceptance.py --output build/acceptance.csv $(BENCH_ARGS)
 
 clean: ## Remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info packaging/vllm/build packaging/vllm/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -47,6 +47,5 @@ setup(
     entry_points={
         "console_scripts": ["jakiro-vllm = jakiro_vllm.cli:main"],
         "vllm.general_plugins": ["jakiro = jakiro_vllm.integration.plugin:register"],
-        "vllm.stat_logger_plugins": ["jakiro = jakiro_vllm.integration.metrics:JakiroStatLogger"],
     },
 )

@@ -16,7 +16,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -173,7 +173,8 @@ def cut_prompts(documents: Sequence[np.ndarray], recipe: GenerationRecipe) -> li
 def encode_documents(target: Path, texts: Sequence[str]) -> list[np.ndarray]:
     """Encodes texts with the target's tokenizer: ``[tokens] uint16`` each."""
     tokenizer = AutoTokenizer.from_pretrained(target)
-    return [np.asarray(ids, dtype=np.uint16) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return [np.asarray(ids, dtype=np.uint16) for ids in encoded]
 
 
 def is_complete(output: Path, recipe: GenerationRecipe) -> bool:
@@ -280,15 +281,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Let a target continue prefixes of the training text.")
     parser.add_argument("--target", type=Path, required=True, help="folder of the target")
     parser.add_argument("--output", type=Path, required=True, help="folder of the part files; resumed if it exists")
-    parser.add_argument(
-        "--num-prompts", type=int, default=GenerationRecipe.num_prompts, help="prefixes to continue (%(default)s)"
-    )
-    parser.add_argument(
-        "--new-tokens", type=int, default=GenerationRecipe.new_tokens, help="longest continuation (%(default)s)"
-    )
+    for field in fields(GenerationRecipe):
+        flag = "--" + field.name.replace("_", "-")
+        parser.add_argument(flag, type=type(field.default), default=field.default, help="default: %(default)s")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    recipe = GenerationRecipe(num_prompts=args.num_prompts, new_tokens=args.new_tokens)
+    recipe = GenerationRecipe(**{field.name: getattr(args, field.name) for field in fields(GenerationRecipe)})
     documents = encode_documents(args.target, list(training_texts(python_sources())))
     started = time.monotonic()
     shard = generate(args.target, documents, args.output, recipe)

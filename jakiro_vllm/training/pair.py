@@ -13,16 +13,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from jakiro_vllm.training.corpus import encode_stream, python_sources, train_tokenizer, training_texts
 from jakiro_vllm.training.evaluate import greedy_documents, prefixes
-from jakiro_vllm.training.generate import GenerationRecipe, Shard, is_complete, load_generated
+from jakiro_vllm.training.generate import GenerationRecipe, Shard, encode_documents, is_complete, load_generated
 from jakiro_vllm.training.head import HeadRecipe, head_spec, train_head
 from jakiro_vllm.training.losses import LossWeights
 from jakiro_vllm.training.target import TargetRecipe, train_target
@@ -42,14 +41,22 @@ class PairRecipe:
     Attributes:
         target: of the target.
         generation: of the text that the head learns from.
-        head: of the head. Far fewer steps than the reference, so a far higher learning rate.
+        head: of the head. Far fewer steps than the reference, so a far higher learning rate; more weight on
+            the tokens, which are what verification compares; and a last quarter that learns from its own features.
         held_out_prompts, held_out_prompt_tokens, held_out_new_tokens: the text that the head is measured on.
     """
 
     target: TargetRecipe = TargetRecipe()
     generation: GenerationRecipe = GenerationRecipe()
     head: HeadRecipe = HeadRecipe(
-        epochs=6.0, rows_per_step=5, row_length=768, lr=2e-3, warmup_steps=50, loss=LossWeights()
+        epochs=4.0,
+        rows_per_step=5,
+        row_length=768,
+        lr=2e-3,
+        warmup_steps=50,
+        feature_noise=0.1,
+        rollout=((0.75, 1), (0.25, 2)),
+        loss=LossWeights(token=1.0),
     )
     held_out_prompts: int = 64
     held_out_prompt_tokens: int = 128
@@ -82,21 +89,11 @@ def make_generation(work: Path, recipe: PairRecipe) -> None:
     if is_complete(output, recipe.generation):
         logger.info("generation: complete, skipped")
         return
-    generation = recipe.generation
-    arguments = ["--num-prompts", str(generation.num_prompts), "--new-tokens", str(generation.new_tokens)]
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "jakiro_vllm.training.generate",
-            "--target",
-            str(work / "target"),
-            "--output",
-            str(output),
-            *arguments,
-        ],
-        check=True,
-    )
+    command = [sys.executable, "-m", "jakiro_vllm.training.generate"]
+    settings = {"target": work / "target", "output": output} | asdict(recipe.generation)
+    for name, value in settings.items():
+        command += ["--" + name.replace("_", "-"), str(value)]
+    subprocess.run(command, check=True)
 
 
 def make_head(work: Path, recipe: PairRecipe) -> None:
@@ -124,10 +121,7 @@ def held_out_documents(target: LlamaForCausalLM, folder: Path, recipe: PairRecip
         folder: where its tokenizer is.
         recipe: how many and how long.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    texts = [document.text for document in python_sources() if document.held_out]
-    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    documents = [np.asarray(ids, dtype=np.uint16) for ids in encoded]
+    documents = encode_documents(folder, [d.text for d in python_sources() if d.held_out])
     prompts = prefixes(documents, recipe.held_out_prompts, recipe.held_out_prompt_tokens)
     return greedy_documents(target, prompts, recipe.held_out_new_tokens)
 
