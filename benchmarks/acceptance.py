@@ -24,6 +24,7 @@ from vllm.inputs import TokensPrompt
 from vllm.v1.metrics.reader import Counter, Vector
 
 from jakiro_vllm import __version__
+from jakiro_vllm.config import TreeConfig
 from jakiro_vllm.draft.registry import EMBEDDED_HEAD, EMBEDDED_TARGET
 from jakiro_vllm.training.corpus import python_sources
 
@@ -72,9 +73,9 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
-    parser.add_argument("--budget", type=int, default=24)
-    parser.add_argument("--depth", type=int, default=6)
-    parser.add_argument("--top-k", type=int, default=8)
+    parser.add_argument("--budget", type=int, default=TreeConfig.node_budget)
+    parser.add_argument("--depth", type=int, default=TreeConfig.depth)
+    parser.add_argument("--top-k", type=int, default=TreeConfig.top_k)
     parser.add_argument("--policy", default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ablate-parents", action="store_true")

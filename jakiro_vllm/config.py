@@ -33,9 +33,9 @@ class TreeConfig:
         JakiroConfigError: on a value outside its range.
     """
 
-    node_budget: int = 24
+    node_budget: int = 16
     depth: int = 6
-    top_k: int = 8
+    top_k: int = 4
     policy: str = "auto"
 
     def __post_init__(self) -> None:

@@ -22,11 +22,12 @@ ALLOWED = {
     "training": {"cache", "config", "decode", "draft", "errors", "kernels", "tree"},
     "environment": set(),
     "integration": {"cache", "config", "decode", "draft", "environment", "errors", "kernels", "tree"},
-    "demo": {"config", "draft", "environment", "errors"},
+    "server": {"environment", "errors"},
+    "demo": {"draft", "server"},
     "cli": {"config", "demo", "draft", "environment", "errors"},
 }
 #: Who may import vLLM. Training uses its public door only.
-VLLM_ROOMS = {"integration", "cli", "demo"}
+VLLM_ROOMS = {"integration", "cli", "demo", "server"}
 PUBLIC_VLLM = {"training": {"vllm.LLM", "vllm.SamplingParams", "vllm.inputs.TokensPrompt"}}
 
 

@@ -66,7 +66,7 @@ def _select(args: EngineArgs, target: ModelConfig, parallel: ParallelConfig) -> 
         )
     tree = given.get("tree") or {}
     if not isinstance(tree, dict):
-        raise JakiroConfigError(f"'tree' must be an object such as {{'depth': 6, 'top_k': 8}}, got {tree!r}")
+        raise JakiroConfigError(f"'tree' must be an object such as {{'depth': 6, 'top_k': 4}}, got {tree!r}")
     if "node_budget" in tree:
         raise JakiroConfigError("give the node budget as 'num_speculative_tokens', not inside 'tree'")
     budget = given.get("num_speculative_tokens")

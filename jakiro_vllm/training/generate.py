@@ -43,7 +43,7 @@ class GenerationRecipe:
         seed: of the cuts and of sampling.
     """
 
-    num_prompts: int = 4096
+    num_prompts: int = 2048
     shortest_prompt: int = 16
     longest_prompt: int = 512
     new_tokens: int = 256

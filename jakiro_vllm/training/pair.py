@@ -49,7 +49,7 @@ class PairRecipe:
     target: TargetRecipe = TargetRecipe()
     generation: GenerationRecipe = GenerationRecipe()
     head: HeadRecipe = HeadRecipe(
-        epochs=4.0,
+        epochs=3.0,
         rows_per_step=5,
         row_length=768,
         lr=2e-3,

@@ -9,6 +9,8 @@ with the context. There is no loop over sequences, rows or nodes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -19,38 +21,34 @@ CHUNK_SLOTS = 8192
 class RunningSoftmax:
     """Attention over several sets of keys: maximum, sum and weighted values so far."""
 
-    def __init__(self, query: Tensor, softcap: float) -> None:
-        """Starts empty; ``query [J, 1, G, M, D] float32`` is scaled already."""
-        self.query = query
-        self.softcap = softcap
-        self.maximum = query.new_full((*query.shape[:-1], 1), float("-inf"))
-        self.total = torch.zeros_like(self.maximum)
-        self.values = torch.zeros_like(query)
+    def __init__(self) -> None:
+        """Starts empty."""
+        self.maximum: Tensor | None = None
+        self.total: Tensor
+        self.values: Tensor
 
-    def add(self, keys: Tensor, values: Tensor, hidden: Tensor) -> None:
-        """Adds C sets of S keys each.
+    def add(self, scores: Tensor, weigh: Callable[[Tensor], Tensor]) -> None:
+        """Adds a set of S keys.
 
         Args:
-            keys: ``[J, C, G, D, S] float32``.
-            values: ``[J, C, G, S, D] float32``, finite.
-            hidden: bool, broadcasts to ``[J, C, G, M, S]``; what a row does not see.
+            scores: ``[J, G, M, S] float32``, -inf for what a row does not see; overwritten.
+            weigh: ``[J, G, M, S] -> [J, G, M, D]``, the values' weighted sum.
         """
-        scores = self.query @ keys
-        if self.softcap > 0:
-            scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
-        scores = scores.masked_fill_(hidden, float("-inf"))
-        maximum = torch.maximum(self.maximum, scores.amax(dim=(1, 4), keepdim=True))
-        # Where nothing was seen yet the maximum is -inf; 0 in its place leaves every weight at exp(-inf) = 0.
-        pivot = maximum.masked_fill(maximum == float("-inf"), 0.0)
+        maximum = scores.amax(dim=3, keepdim=True)
+        if self.maximum is not None:
+            maximum = torch.maximum(self.maximum, maximum)
+        # A row that has seen nothing yet: 0 in place of -inf leaves its weights at exp(-inf) = 0.
+        pivot = maximum.clamp(min=torch.finfo(torch.float32).min)
         weights = scores.sub_(pivot).exp_()
-        kept = self.maximum.sub_(pivot).exp_()
-        self.total = self.total.mul_(kept).add_(weights.sum(dim=(1, 4), keepdim=True))
-        self.values = self.values.mul_(kept).add_((weights @ values).sum(dim=1, keepdim=True))
-        self.maximum = maximum
+        total, values = weights.sum(dim=3, keepdim=True), weigh(weights)
+        if self.maximum is not None:
+            kept = self.maximum.sub_(pivot).exp_()
+            total, values = total.add_(self.total.mul_(kept)), values.add_(self.values.mul_(kept))
+        self.maximum, self.total, self.values = maximum, total, values
 
     def result(self) -> Tensor:
         """``[J, G, M, D]``."""
-        return (self.values / self.total).squeeze(1)
+        return self.values.div_(self.total)
 
 
 def unpack_pages(pages: Tensor, layout: str, dim: int) -> tuple[Tensor, Tensor]:
@@ -101,8 +99,10 @@ class Plan:
         self.block_tables = block_tables
         self.context_lens = context_lens
         self.row_index, is_row = rows
-        self.node_index = nodes
         self.is_row = None if bool(is_row.all()) else is_row
+        self.num_nodes = nodes.shape[1]
+        self.nodes = _as_slice(nodes)
+        self.rows = _as_slice(self.row_index) if self.is_row is None else self.row_index
         self.longest = int(context_lens.max())
         self.positions = context_lens.unsqueeze(1) + depths[self.row_index]  # [J, R]
         bits = (ancestors[self.row_index].unsqueeze(2) >> torch.arange(nodes.shape[1])) & 1
@@ -112,27 +112,25 @@ class Plan:
         self.nameless = nameless[:, :, None, None] if bool(nameless.any()) else None
         self._masks: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
-    def tree_mask(self, group: int) -> Tensor:
-        """``[J, 1, 1, M, N]`` nodes that a row does not see."""
-        return self.unseen.repeat_interleave(group, dim=1).unsqueeze(1).unsqueeze(1)
-
-    def context_masks(self, first: int, count: int, block: int, group: int, window: int) -> tuple[Tensor, Tensor]:
-        """Masks of ``count`` pages from page ``first``.
+    def masks(self, first: int, count: int, block: int, group: int, window: int) -> tuple[Tensor, Tensor]:
+        """Masks of ``count`` pages from page ``first``, the tree's nodes before them where ``first`` is 0.
 
         Returns:
-            ``([J, C, 1, 1 or M, B], [J, C, 1, B, 1])``: slots that a row does not see, and slots beyond the
-            context, which hold nobody's KV.
+            ``([J, 1, M, S], [J, C, 1, B, 1])``: keys that a row does not see, and slots beyond the context,
+            which hold nobody's KV.
         """
         key = (first, count, block, group, window)
         if key not in self._masks:
-            jobs = self.context_lens.shape[0]
-            slots = torch.arange(first * block, (first + count) * block).view(1, count, 1, 1, block)
-            beyond = slots >= self.context_lens.view(jobs, 1, 1, 1, 1)
-            hidden = beyond
+            jobs, rows = self.row_index.shape
+            slots = torch.arange(first * block, (first + count) * block)
+            beyond = slots >= self.context_lens.unsqueeze(1)  # [J, C * B]
+            hidden = beyond.unsqueeze(1).expand(jobs, rows, -1)
             if window > 0:
-                oldest = (self.positions - window).repeat_interleave(group, dim=1)
-                hidden = beyond | (slots <= oldest.view(jobs, 1, 1, -1, 1))
-            self._masks[key] = hidden, beyond.transpose(3, 4)
+                hidden = hidden | (slots <= (self.positions - window).unsqueeze(2))
+            if first == 0:
+                hidden = torch.cat([self.unseen, hidden], dim=2)
+            hidden = hidden.repeat_interleave(group, dim=1).unsqueeze(1)
+            self._masks[key] = hidden, beyond.view(jobs, count, 1, block, 1)
         return self._masks[key]
 
 
@@ -167,26 +165,46 @@ def attend(
     kv_heads = pages.shape[1]
     block = pages.shape[3] // dim
     group = heads // kv_heads
-    # [J, R, G, H / G, D] -> [J, 1, G, M, D], rows outermost within a KV head
-    grouped = (query[plan.row_index].float() * scale).unflatten(2, (kv_heads, group))
-    softmax = RunningSoftmax(grouped.permute(0, 2, 1, 3, 4).flatten(2, 3).unsqueeze(1), softcap)
+    # [J, R, G, H / G, D] -> [J, G, M, D], rows outermost within a KV head
+    rows_first = (query[plan.rows].float() * scale).view(jobs, rows, kv_heads, group, dim)
+    grouped = rows_first.transpose(1, 2).flatten(2, 3)
+    nodes_k, nodes_v = (x[plan.nodes].float().view(jobs, -1, kv_heads, dim) for x in (tree_keys, tree_values))
+    if plan.nameless is not None:
+        nodes_k, nodes_v = nodes_k.masked_fill(plan.nameless, 0.0), nodes_v.masked_fill(plan.nameless, 0.0)
 
-    if plan.node_index.shape[1]:
-        keys, values = tree_keys[plan.node_index].float(), tree_values[plan.node_index].float()  # [J, N, G, D]
-        if plan.nameless is not None:
-            keys, values = keys.masked_fill(plan.nameless, 0.0), values.masked_fill(plan.nameless, 0.0)
-        softmax.add(keys.permute(0, 2, 3, 1).unsqueeze(1), values.transpose(1, 2).unsqueeze(1), plan.tree_mask(group))
-
+    softmax = RunningSoftmax()
     num_pages = -(-plan.longest // block)
     per_chunk = max(1, CHUNK_SLOTS // (block * jobs))
-    for first in range(0, num_pages, per_chunk):
+    for first in range(0, max(1, num_pages), per_chunk):
         table = plan.block_tables[:, first : min(first + per_chunk, num_pages)]
+        count = table.shape[1]
         keys, values = unpack_pages(pages[table], layout, dim)  # [J, C, G, D, B], [J, C, G, B, D]
-        hidden, beyond = plan.context_masks(first, table.shape[1], block, group, window)
-        softmax.add(keys, values.masked_fill_(beyond, 0.0), hidden)
+        hidden, beyond = plan.masks(first, count, block, group, window)
+        values = values.masked_fill_(beyond, 0.0)
+        # [J, C, G, M, B] -> [J, G, M, C * B]
+        scores = (grouped.unsqueeze(1) @ keys).permute(0, 2, 3, 1, 4).flatten(3)
+        if first == 0:
+            scores = torch.cat([grouped @ nodes_k.permute(0, 2, 3, 1), scores], dim=3)
+        if softcap > 0:
+            scores = scores.div_(softcap).tanh_().mul_(softcap)
+        own = plan.num_nodes if first == 0 else 0
 
-    found = softmax.result().unflatten(2, (rows, group)).transpose(1, 2).flatten(2, 3).to(out.dtype)  # [J, R, H, D]
+        def weigh(weights: Tensor, own: int = own, count: int = count, values: Tensor = values) -> Tensor:
+            paged = weights[..., own:].unflatten(3, (count, block)).permute(0, 3, 1, 2, 4)  # [J, C, G, M, B]
+            found = (paged @ values).sum(dim=1)
+            return found + weights[..., :own] @ nodes_v.transpose(1, 2) if own else found
+
+        softmax.add(scores.masked_fill_(hidden, float("-inf")), weigh)
+
+    found = softmax.result().view(jobs, kv_heads, rows, group, dim).transpose(1, 2).flatten(2, 3)  # [J, R, H, D]
     if plan.is_row is None:
-        out[plan.row_index] = found
+        out[plan.rows] = found.flatten(0, 1).to(out.dtype) if isinstance(plan.rows, slice) else found.to(out.dtype)
     else:
-        out[plan.row_index[plan.is_row]] = found[plan.is_row]
+        out[plan.row_index[plan.is_row]] = found[plan.is_row].to(out.dtype)
+
+
+def _as_slice(index: Tensor) -> slice | Tensor:
+    """Consecutive indices as a slice, which is a view where an index is a copy."""
+    first, count = int(index[0, 0]) if index.numel() else 0, index.numel()
+    consecutive = torch.arange(first, first + count).view_as(index)
+    return slice(first, first + count) if torch.equal(index, consecutive) else index

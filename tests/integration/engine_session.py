@@ -108,6 +108,7 @@ def generate(llm: LLM, phase: dict[str, Any]) -> list[dict[str, Any]]:
                 "samples": [list(o.token_ids) for o in answer.outputs],
                 "text": first.text,
                 "finish": first.finish_reason,
+                "stop_reason": first.stop_reason,
                 "cached": answer.num_cached_tokens,
                 "logprobs": logprobs,
             }

@@ -8,23 +8,33 @@ from typing import Any
 
 import pytest
 
+from jakiro_vllm.training.corpus import python_sources, top_level_blocks
+
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 GREEDY = {"temperature": 0.0}
 SAMPLED = {"temperature": 0.8, "top_p": 0.9, "top_k": 50}
 NUM_PROMPTS = 36
+NUM_DEFINITIONS = 36
 CONTROL_PROMPTS = 16
 
 Requests = list[dict[str, Any]]
 
 
-def first_round(source: list[int], sampling: dict[str, Any]) -> Requests:
+def unfinished_definitions(tokenizer: Any, count: int) -> list[list[int]]:
+    """First halves of short definitions; the embedded target ends some of them by its end-of-text token."""
+    blocks = [b for d in python_sources()[:400] if not d.held_out for b in top_level_blocks(d.text) if len(b) < 900]
+    chosen = random.Random(1).sample(blocks, count)
+    return [tokenizer(block[: len(block) // 2], add_special_tokens=False)["input_ids"] for block in chosen]
+
+
+def first_round(source: list[int], definitions: list[list[int]], sampling: dict[str, Any]) -> Requests:
     """Prompts of 1 to 380 tokens that end in every way a request can end."""
     rng = random.Random(11)
     endings = (
         {"max_tokens": 90, "ignore_eos": True},
         {"max_tokens": 160},
-        {"max_tokens": 120, "stop": ["return", "\n\n"]},
+        {"max_tokens": 120, "stop": ["return", "\n\n", "= "]},
         {"max_tokens": 4096, "ignore_eos": True},  # until the model's maximum length
         {"max_tokens": 1},
         {"max_tokens": 2},
@@ -44,6 +54,9 @@ def first_round(source: list[int], sampling: dict[str, Any]) -> Requests:
         if not seed and ending.get("n"):
             del ending["n"]  # vLLM refuses several greedy samples
         requests.append({"prompt": source[start : start + length], "sampling": sampling | ending | seed})
+    for i, prompt in enumerate(definitions):
+        seed = {"seed": 2000 + i} if sampling["temperature"] else {}
+        requests.append({"prompt": prompt, "sampling": sampling | {"max_tokens": 64} | seed})
     return requests
 
 
@@ -58,11 +71,13 @@ def second_round(first: Requests, answers: Requests, source: list[int]) -> Reque
 
 @pytest.fixture(scope="module")
 def workload(
-    run_engine: Callable[..., Any], plain_engine: dict[str, Any], source_tokens: list[int]
+    run_engine: Callable[..., Any], plain_engine: dict[str, Any], source_tokens: list[int], tokenizer: Any
 ) -> dict[str, dict[str, Requests]]:
     """Both rounds and plain vLLM's answers, greedy and seeded."""
+    definitions = unfinished_definitions(tokenizer, NUM_DEFINITIONS)
     rounds = {
-        name: first_round(source_tokens, sampling) for name, sampling in (("greedy", GREEDY), ("seeded", SAMPLED))
+        name: first_round(source_tokens, definitions, sampling)
+        for name, sampling in (("greedy", GREEDY), ("seeded", SAMPLED))
     }
     firsts = run_engine(plain_engine, [{"requests": requests} for requests in rounds.values()])
     result = {}
@@ -97,17 +112,26 @@ def answers(
 
 def differences(expected: Requests, found: Requests) -> list[int]:
     """Indices of requests whose tokens, samples, text or finish reason differ."""
-    keys = ("tokens", "samples", "text", "finish")
+    keys = ("tokens", "samples", "text", "finish", "stop_reason")
     pairs = zip(expected, found, strict=True)
     return [i for i, (a, b) in enumerate(pairs) if any(a[k] != b[k] for k in keys)]
 
 
 @pytest.mark.parametrize("sampling", ["greedy", "seeded"])
 @pytest.mark.parametrize("turn", ["first", "second"])
-def test_same_tokens_as_plain(workload: dict[str, Any], answers: dict[Any, Any], sampling: str, turn: str) -> None:
+def test_same_tokens_as_plain(
+    workload: dict[str, Any], answers: dict[Any, Any], jakiro_engine: dict[str, Any], sampling: str, turn: str
+) -> None:
+    requests, max_model_len = workload[sampling][turn], jakiro_engine["max_model_len"]
     expected, found = workload[sampling][f"{turn}_answers"], answers[sampling, turn]
     assert differences(expected, found["requests"]) == []
-    assert {r["finish"] for r in found["requests"]} >= {"length", "stop"}
+    if turn == "first":
+        ends = {(r["finish"], r["stop_reason"]) for r in found["requests"] if len(r["tokens"]) > 4}
+        assert ("length", None) in ends
+        assert ("stop", None) in ends, "no request ended by the end-of-text token"
+        assert any(isinstance(reason, str) for _, reason in ends), "no request ended by a stop string"
+        lengths = [len(q["prompt"]) + len(r["tokens"]) for q, r in zip(requests, found["requests"], strict=True)]
+        assert max(lengths) == max_model_len
 
 
 @pytest.mark.parametrize("sampling", ["greedy", "seeded"])

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from jakiro_vllm.demo import GREEDY, PROMPTS, SAMPLED, Server, running_servers
+from jakiro_vllm.demo import GREEDY, PROMPTS, SAMPLED
 from jakiro_vllm.draft.registry import EMBEDDED_HEAD, EMBEDDED_TARGET
 from jakiro_vllm.environment import server_environment
+from jakiro_vllm.server import Server, running_servers
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
