@@ -14,7 +14,8 @@ from jakiro_vllm.errors import HeadCheckpointError, JakiroError
 if TYPE_CHECKING:
     from jakiro_vllm.draft.fit import TargetSizes
 
-_SPECULATION_FLAGS = ("--speculative-model", "--speculative-config", "-sc", "--spec-model")
+_SPECULATION_FLAGS = ("--speculative-model", "--speculative-config", "-sc", "--spec-model", "--spec-method")
+_TARGET_FLAGS = ("--model", "--config", "-h", "--help", "--help=all")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,15 +48,16 @@ def main(argv: list[str] | None = None) -> int:
 def serve(arguments: list[str]) -> int:
     """Replaces this process by ``vllm serve`` with trees.
 
-    Without a target it serves the embedded one; without a flag that says otherwise it drafts with the
-    target's published head.
+    The target comes first, as in ``vllm serve TARGET``; without one the embedded target is served. Without a
+    flag that says otherwise it drafts with the target's published head.
     """
     from jakiro_vllm.draft.registry import EMBEDDED_TARGET
     from jakiro_vllm.environment import server_environment
 
-    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+    flags = {argument.split("=")[0].replace("_", "-") for argument in arguments if argument.startswith("-")}
+    if (not arguments or arguments[0].startswith("-")) and not flags.intersection(_TARGET_FLAGS):
         arguments = [str(EMBEDDED_TARGET), *arguments]
-    if not any(a.split("=")[0].replace("_", "-") in _SPECULATION_FLAGS for a in arguments):
+    if not flags.intersection(_SPECULATION_FLAGS):
         arguments = [*arguments, "--speculative-model", "jakiro"]
     command = [str(Path(sys.executable).parent / "vllm"), "serve", *arguments]
     os.execve(command[0], command, server_environment())

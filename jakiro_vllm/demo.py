@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -62,14 +63,15 @@ class Point:
 def retry(function, attempts=3):
     for attempt in range(attempts):
         try:
-""",
+            return function()
+        except""",
     "cache": """\
 class Cache(dict):
     def __getitem__(self, key):
         try:
             return super().__getitem__(key)
         except KeyError:
-""",
+            self""",
     "walk": """\
 import os
 
@@ -116,7 +118,7 @@ def run_demo(output: Path, max_tokens: int) -> int:
     Returns:
         0 if every token was identical, 1 otherwise.
     """
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=100)
     sides: dict[str, list[str]] = {"plain": [], "jakiro": ["--speculative-model", str(EMBEDDED_HEAD)]}
     console.print("Starting two servers with the embedded target (fp32): plain vLLM, and vLLM with Jakiro trees ...")
     with tempfile.TemporaryDirectory() as folder:
@@ -182,7 +184,7 @@ def _print_table(rows: list[Row], max_tokens: int, console: Console) -> None:
     table = Table(title=f"Same prompts, one at a time, up to {max_tokens} tokens")
     for column in ("prompt", "sampling"):
         table.add_column(column)
-    for column in ("tokens", "acceptance length", "plain tok/s", "jakiro tok/s", "ratio", "identical"):
+    for column in ("tokens", "acceptance", "plain tok/s", "jakiro tok/s", "ratio", "identical"):
         table.add_column(column, justify="right")
     for row in rows:
         plain, jakiro = row.seconds["plain"], row.seconds["jakiro"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker import cpu_worker
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
@@ -31,6 +32,8 @@ class JakiroCPUWorker(CPUWorker):
             raise JakiroConfigError("method 'jakiro' needs vLLM's model runner V1; unset VLLM_USE_V2_MODEL_RUNNER")
         backend = f"{TreeCPUAttentionBackend.__module__}.{TreeCPUAttentionBackend.__qualname__}"
         register_backend(AttentionBackendEnum.CPU_ATTN, backend)
+        # An engine that ran in this process before has left its backend there.
+        selector._cached_get_attn_backend.cache_clear()
         original = cpu_worker.CPUModelRunner
         cpu_worker.CPUModelRunner = JakiroCPUModelRunner
         try:

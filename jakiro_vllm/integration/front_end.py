@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import logging
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jakiro_vllm.config import TreeConfig
@@ -18,23 +18,26 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig
     from vllm.engine.arg_utils import EngineArgs
 
-logger = logging.getLogger(__name__)
 
 PROPOSER = "jakiro_vllm.integration.proposer.JakiroProposer"
 CPU_WORKER = "jakiro_vllm.integration.cpu_worker.JakiroCPUWorker"
 ADDITIONAL_CONFIG_KEY = "jakiro"
+#: Programs in which nobody catches an exception of ours.
+COMMANDS = ("vllm", "jakiro-vllm", "api_server.py")
 ALLOWED_KEYS = ("method", "model", "num_speculative_tokens", "tree")
 
 
 def select_jakiro(args: EngineArgs, target: ModelConfig, parallel: ParallelConfig) -> None:
     """Selects trees for an engine; see ``_select``.
 
-    A refusal that nobody catches ends the process with its one sentence instead of a traceback.
+    On the command line a refusal ends the process with its one sentence instead of a traceback.
     """
     try:
         _select(args, target, parallel)
     except JakiroError:
-        sys.excepthook = functools.partial(_print_refusal, sys.excepthook)
+        by_command = Path(sys.argv[0]).name in COMMANDS
+        if by_command and getattr(sys.excepthook, "func", None) is not _print_refusal:
+            sys.excepthook = functools.partial(_print_refusal, sys.excepthook)
         raise
 
 
@@ -85,13 +88,12 @@ def _select(args: EngineArgs, target: ModelConfig, parallel: ParallelConfig) -> 
         ),
     )
 
-    logger.info("Drafting trees of %d nodes with the head in %s", config.node_budget, folder)
     if parallel.worker_cls not in ("auto", CPU_WORKER):
         raise JakiroConfigError(f"method 'jakiro' brings its own worker, got --worker-cls {parallel.worker_cls}")
     from jakiro_vllm.integration.metrics import export_depths
 
     export_depths(PROPOSER, config.depth)
-    parallel.worker_cls = CPU_WORKER
+    parallel.worker_cls = args.worker_cls = CPU_WORKER  # the arguments may be asked for a configuration again
     args.spec_method = args.spec_model = args.spec_tokens = None
     args.speculative_config = {
         "method": "custom_class",
@@ -145,8 +147,11 @@ def check_platform() -> None:
 
 def check_target(args: EngineArgs, target: ModelConfig, parallel: ParallelConfig) -> None:
     """Refuses a target or a mode in which trees cannot work yet, with one sentence."""
+    from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
+
     name = f"target {target.model!r} ({target.architecture})"
     remedy = "serve it without speculation"
+    kv_cache_dtype = resolve_kv_cache_dtype_string(args.kv_cache_dtype, target)
     refusals = [
         (target.runner_type != "generate", f"{name} does not generate text"),
         (target.use_mla, f"{name} uses multi-head latent attention, which has no tree attention yet"),
@@ -167,8 +172,8 @@ def check_target(args: EngineArgs, target: ModelConfig, parallel: ParallelConfig
         (args.enable_lora, "LoRA adapters are not supported with trees yet"),
         (args.kv_transfer_config is not None, "KV connectors would see unverified tokens"),
         (
-            args.kv_cache_dtype not in ("auto", "float16", "bfloat16", "float32"),
-            f"KV cache dtype {args.kv_cache_dtype!r} is not supported with trees yet; use auto",
+            kv_cache_dtype not in ("auto", "float16", "bfloat16", "float32"),
+            f"KV cache dtype {kv_cache_dtype!r} is not supported with trees yet",
         ),
     ]
     for refused, sentence in refusals:

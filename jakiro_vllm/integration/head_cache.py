@@ -36,7 +36,10 @@ class PagedHeadCache:
     def attend(
         self, query: Tensor, scratch_keys: Tensor, scratch_values: Tensor, num_scratch: int, ancestors: Tensor
     ) -> Tensor:
-        """Attends to pages and scratch."""
+        """Attends to pages and scratch.
+
+        The rows of a call are the last level in scratch, so their position follows from how much is there.
+        """
         batch, rows = query.shape[:2]
         order = torch.arange(batch)
         width = scratch_keys.shape[1]
@@ -56,8 +59,9 @@ class PagedHeadCache:
             scratch_keys.flatten(0, 1),
             scratch_values.flatten(0, 1),
             ancestors.flatten(),
-            torch.zeros(batch * rows, dtype=torch.int64),
+            torch.full((batch * rows,), num_scratch // rows - 1),
             self.layer.impl.scale,
             out,
+            window=self.layer.impl.sliding_window,
         )
         return out.unflatten(0, (batch, rows))

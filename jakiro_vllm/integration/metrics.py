@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm.config import SpeculativeConfig
 from vllm.v1.metrics.loggers import PrometheusStatLogger
-from vllm.v1.spec_decode.metrics import SpecDecodingProm, SpecDecodingStats
+from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 
 def export_depths(proposer: str, depth: int) -> None:
@@ -23,9 +23,12 @@ def export_depths(proposer: str, depth: int) -> None:
         proposer: dotted path of the proposer whose engines are counted.
         depth: levels of the trees.
     """
+    base = getattr(PrometheusStatLogger._spec_decoding_cls, "_without_depths", PrometheusStatLogger._spec_decoding_cls)
 
-    class TreeSpecDecodingProm(SpecDecodingProm):
+    class TreeSpecDecodingProm(base):  # type: ignore[misc, valid-type]
         """vLLM's counters, trees verified, and draft tokens accepted at each depth."""
+
+        _without_depths = base
 
         def __init__(
             self,
@@ -39,7 +42,9 @@ def export_depths(proposer: str, depth: int) -> None:
             if speculative_config is None or speculative_config.model != proposer:
                 return
             trees = self._counter_cls(
-                name="vllm:jakiro_trees", documentation="Token trees verified.", labelnames=labelnames
+                name="vllm:jakiro_trees",
+                documentation="Draft rounds verified, one per request and step.",
+                labelnames=labelnames,
             )
             accepted = self._counter_cls(
                 name="vllm:jakiro_accepted_tokens_per_depth",

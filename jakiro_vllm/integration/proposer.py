@@ -12,6 +12,7 @@ from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
+from vllm.utils.torch_utils import set_default_torch_dtype
 
 from jakiro_vllm.config import MAX_DEPTH, TreeConfig
 from jakiro_vllm.decode.drafter import TreeDrafter
@@ -20,7 +21,7 @@ from jakiro_vllm.draft.checkpoint import load_head
 from jakiro_vllm.errors import JakiroConfigError
 from jakiro_vllm.integration.front_end import ADDITIONAL_CONFIG_KEY
 
-logger = init_logger(__name__)
+logger = init_logger("vllm.plugins.jakiro")  # vLLM configures the loggers below its own name
 
 HEAD_LAYER = "jakiro_head.layers.0.self_attn.attn"
 
@@ -53,7 +54,7 @@ class JakiroProposer:
         head = load_head(self.folder, dtype).to(device)
         head.prepare_positions(config.model_config.max_model_len + MAX_DEPTH + 1)
         spec = head.spec
-        with set_current_vllm_config(config):
+        with set_current_vllm_config(config), set_default_torch_dtype(dtype):
             # Owns the pages: with the target's KV shape it joins the target's KV group, and so shares its
             # block table, its prefix cache and its eviction.
             self.attention = Attention(

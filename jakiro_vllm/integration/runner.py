@@ -23,6 +23,7 @@ from jakiro_vllm.decode.drafter import RoundInput
 from jakiro_vllm.decode.store import TreeStore
 from jakiro_vllm.integration.cpu_attention import TreeRows, make_tree_jobs
 from jakiro_vllm.integration.head_cache import PagedHeadCache
+from jakiro_vllm.integration.layers import check_layers
 from jakiro_vllm.integration.proposer import HEAD_LAYER, JakiroProposer
 from jakiro_vllm.tree.batch import TreeBatch
 from jakiro_vllm.tree.walk import walk
@@ -78,6 +79,14 @@ class JakiroRunnerMixin:
         if self._store is None:
             self._store = TreeStore(self.drafter.tree_config.num_nodes, self.device)  # type: ignore[attr-defined]
         return self._store
+
+    def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
+        """As vLLM's; then every layer is checked, and budgets are told that logits have one row per request."""
+        super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
+        check_layers(self.vllm_config, self.drafter.tree_config.depth)  # type: ignore[attr-defined]
+        holder = self.input_batch.thinking_budget_state_holder
+        if holder is not None:
+            holder.in_spec_mode = False
 
     # Inputs
 
@@ -144,9 +153,6 @@ class JakiroRunnerMixin:
         step = self._step
         assert step is not None
         metadata = self.input_batch.sampling_metadata
-        trees = step.trees
-        if metadata.max_num_logprobs == -1:  # whole distributions come as one row per request
-            trees = trees.truncate(torch.ones_like(trees.num_nodes))
         steps: list[SamplerOutput] = []
 
         def sample(index: int, nodes: Tensor, active: Tensor) -> Tensor:
@@ -158,7 +164,7 @@ class JakiroRunnerMixin:
             steps.append(output)
             return output.sampled_token_ids.squeeze(1).long()
 
-        accepted = walk(trees, sample, self.drafter.tree_config.depth)
+        accepted = walk(step.trees, sample, self.drafter.tree_config.depth)
         step.committed = committed_rows(step.row_starts, step.prefix_lens, accepted)
         self._compact(step)
         return SamplerOutput(
@@ -176,7 +182,7 @@ class JakiroRunnerMixin:
         live = active.tolist()
         generators = {i: g for i, g in metadata.generators.items() if live[i] and not discarded[i]}
         if not emitted:
-            return replace(metadata, generators=generators)
+            return replace(metadata, generators=generators, spec_token_ids=None)
         outputs = metadata.output_token_ids
         if outputs:
             taken = torch.cat(emitted, dim=1).tolist()
@@ -185,6 +191,7 @@ class JakiroRunnerMixin:
             metadata,
             generators=generators,
             output_token_ids=outputs,
+            spec_token_ids=None,
             thinking_budget_state_holder=None,  # a request with a budget has no drafts
         )
 
@@ -247,7 +254,7 @@ class JakiroRunnerMixin:
         return (
             params is not None
             and params.structured_outputs is None  # the grammar's state does not follow a path yet
-            and getattr(params, "thinking_token_budget", None) is None  # nor does the budget's
+            and params.thinking_token_budget is None  # nor does the budget's
             and produced >= params.min_tokens  # whose ban ends at a position, not at a node
             and (params.max_tokens is None or params.max_tokens - produced > 1)
         )

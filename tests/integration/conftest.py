@@ -55,16 +55,17 @@ def jakiro_engine() -> dict[str, Any]:
 
 
 RunEngine = Callable[[dict[str, Any], list[dict[str, Any]]], list[dict[str, Any]]]
+RunEngines = Callable[[list[tuple[dict[str, Any], list[dict[str, Any]]]]], list[list[dict[str, Any]]]]
 
 
 @pytest.fixture(scope="session")
-def run_engine(tmp_path_factory: pytest.TempPathFactory) -> RunEngine:
-    """Runs phases on a fresh engine and returns its answers; see ``engine_session``."""
+def run_engines(tmp_path_factory: pytest.TempPathFactory) -> RunEngines:
+    """Runs engines one after the other in one fresh process; see ``engine_session``."""
 
-    def run(engine: dict[str, Any], phases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def run(jobs: list[tuple[dict[str, Any], list[dict[str, Any]]]]) -> list[list[dict[str, Any]]]:
         folder = tmp_path_factory.mktemp("engine")
         request, response = folder / "request.json", folder / "response.json"
-        request.write_text(json.dumps({"engine": engine, "phases": phases}))
+        request.write_text(json.dumps([{"engine": engine, "phases": phases} for engine, phases in jobs]))
         done = subprocess.run(
             [sys.executable, str(SESSION), str(request), str(response)],
             env=server_environment(),
@@ -78,6 +79,12 @@ def run_engine(tmp_path_factory: pytest.TempPathFactory) -> RunEngine:
         return json.loads(response.read_text())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def run_engine(run_engines: RunEngines) -> RunEngine:
+    """Runs one engine's phases in a fresh process and returns its answers."""
+    return lambda engine, phases: run_engines([(engine, phases)])[0]
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,6 @@
-"""Runs one engine in its own process and answers a list of phases: ``engine_session.py REQUEST RESPONSE``.
+"""Runs engines, one after the other, in a process of their own: ``engine_session.py REQUEST RESPONSE``.
+
+The request is a list of ``{"engine": arguments, "phases": [...]}``; the response has a list of answers for each.
 
 The engine lives in this process (no engine-core process), so that a phase can sabotage it (a negative
 control) or look into its KV cache. Paths are JSON files.
@@ -17,7 +19,9 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 import torch
 from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.inputs import TokensPrompt
+from vllm.sampling_params import StructuredOutputsParams
 
 
 def runner_of(llm: LLM) -> Any:
@@ -91,10 +95,18 @@ class Acceptance:
         return taken
 
 
+def sampling_params(settings: dict[str, Any]) -> SamplingParams:
+    """From JSON; ``regex`` asks for structured output."""
+    settings = dict(settings)
+    regex = settings.pop("regex", None)
+    structured = None if regex is None else StructuredOutputsParams(regex=regex)
+    return SamplingParams(**settings, structured_outputs=structured)
+
+
 def generate(llm: LLM, phase: dict[str, Any]) -> list[dict[str, Any]]:
     """Runs a phase's requests together."""
     prompts = [TokensPrompt(prompt_token_ids=r["prompt"]) for r in phase["requests"]]
-    params = [SamplingParams(**r["sampling"]) for r in phase["requests"]]
+    params = [sampling_params(r["sampling"]) for r in phase["requests"]]
     answers = llm.generate(prompts, params, use_tqdm=False)
     found = []
     for answer in answers:
@@ -111,9 +123,18 @@ def generate(llm: LLM, phase: dict[str, Any]) -> list[dict[str, Any]]:
                 "stop_reason": first.stop_reason,
                 "cached": answer.num_cached_tokens,
                 "logprobs": logprobs,
+                "prompt_logprobs": prompt_logprobs(answer),
             }
         )
     return found
+
+
+def prompt_logprobs(answer: Any) -> list[float] | None:
+    """The log-probability of each prompt token but the first."""
+    if answer.prompt_logprobs is None:
+        return None
+    pairs = zip(answer.prompt_token_ids, answer.prompt_logprobs, strict=True)
+    return [position[token].logprob for token, position in pairs if position is not None]
 
 
 def read_kv(runner: Any, request: str, length: int) -> dict[str, torch.Tensor]:
@@ -166,14 +187,13 @@ def compare_kv(llm: LLM, runner: Any, phase: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Builds the engine, runs the phases, writes the answers."""
-    request = json.loads(Path(sys.argv[1]).read_text())
-    llm = LLM(**request["engine"])
+def run_phases(engine: dict[str, Any], phases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Builds an engine and answers its phases; the engine is gone afterwards."""
+    llm = LLM(**engine)
     runner = runner_of(llm)
     acceptance = Acceptance(runner) if hasattr(runner, "_compact") else None
     answers = []
-    for phase in request["phases"]:
+    for phase in phases:
         if phase.get("fresh_cache"):
             llm.reset_prefix_cache()
         mend = sabotage(runner, phase["sabotage"]) if phase.get("sabotage") else None
@@ -189,7 +209,16 @@ def main() -> None:
             answers[-1]["acceptance"] = acceptance.take()
     if acceptance is not None:
         answers.append({"live_trees": len(runner.tree_store)})
-    Path(sys.argv[2]).write_text(json.dumps(answers))
+    return answers
+
+
+def main() -> None:
+    """Runs the engines and writes the answers."""
+    response = []
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        response.append(run_phases(job["engine"], job["phases"]))
+        cleanup_dist_env_and_memory()
+    Path(sys.argv[2]).write_text(json.dumps(response))
 
 
 if __name__ == "__main__":

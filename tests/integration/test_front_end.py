@@ -86,6 +86,27 @@ def test_additional_config_of_the_user_is_kept() -> None:
     assert config.additional_config["mine"] == 1
 
 
+def test_the_same_arguments_configure_twice() -> None:
+    args = EngineArgs(
+        model=str(EMBEDDED_TARGET),
+        dtype="float32",
+        max_model_len=256,
+        speculative_config={"method": "jakiro", "model": "jakiro"},
+    )
+    first, second = args.create_engine_config(), args.create_engine_config()
+    assert second.parallel_config.worker_cls == first.parallel_config.worker_cls == front_end.CPU_WORKER
+    assert second.speculative_config.model == first.speculative_config.model == front_end.PROPOSER
+    assert second.additional_config == first.additional_config
+
+
+@pytest.mark.parametrize("other", [["--spec-model", "K"], ["--spec-method", "eagle"]], ids=lambda flags: flags[0])
+def test_flags_that_exclude_each_other(other: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    with pytest.raises(SystemExit):
+        parser.parse_args([*other, "--speculative-model", "H"])
+    assert "exclude each other" in capsys.readouterr().err
+
+
 SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "no head": ({"method": "jakiro"}, r"needs 'model'"),
     "unknown name": ({"method": "jakiro", "model": "jakiroo"}, r"'jakiroo' is neither a folder nor a hub name"),

@@ -24,6 +24,13 @@ class _SpeculativeModel(Action):
     """``--speculative-model HEAD`` selects the method and the head."""
 
     def __call__(self, parser: ArgumentParser, namespace: Namespace, values: Any, option: str | None = None) -> None:
+        for flag, attribute, wanted in (
+            ("--spec-method", "spec_method", METHOD),
+            ("--spec-model", "spec_model", values),
+        ):
+            given = getattr(namespace, attribute, None)
+            if given not in (None, wanted):
+                parser.error(f"{option} {values} and {flag} {given} exclude each other")
         namespace.spec_method = METHOD
         namespace.spec_model = values
 

@@ -1,0 +1,154 @@
+"""Features of vLLM beside trees: the same answers, whether the request drafts or is served plainly.
+
+Plain vLLM and vLLM with trees run in one process here, one after the other, which must not matter either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from jakiro_vllm.integration import layers
+from jakiro_vllm.integration.cpu_attention import TreeCPUAttentionBackend, TreeCPUAttentionImpl
+
+#: One row of fp32 and many round differently.
+LOGPROB_TOLERANCE = 1e-3
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "bad words": {"bad_words": ["self", " return"]},
+    "allowed tokens": {"allowed_token_ids": list(range(5, 400))},
+    "regex": {"regex": r"[a-z]{3,8}\([0-9]{2}\)"},
+    "all logprobs": {"logprobs": -1, "max_tokens": 12},
+    "prompt logprobs": {"prompt_logprobs": 1},
+    "thinking budget": {"thinking_token_budget": 6},
+    "stop token": {"stop_token_ids": list(range(300, 330))},
+    "penalties": {"repetition_penalty": 1.2, "frequency_penalty": 0.4},
+    "seeded": {"temperature": 1.0, "seed": 3},
+    "seeded top-k": {"temperature": 0.7, "top_k": 20, "seed": 4},
+    "min tokens": {"min_tokens": 20},
+}
+
+
+def workload(source: list[int]) -> list[dict[str, Any]]:
+    """Every feature twice, interleaved, so that each stands beside requests with trees."""
+    requests = []
+    for i, settings in enumerate([*FEATURES.values()] * 2):
+        start = 200 * i
+        defaults = {"temperature": 0.0, "max_tokens": 60}
+        requests.append({"prompt": source[start : start + 20 + 3 * i], "sampling": defaults | settings})
+    return requests
+
+
+@pytest.fixture(scope="module")
+def answers(
+    run_engines: Callable[..., Any],
+    plain_engine: dict[str, Any],
+    jakiro_engine: dict[str, Any],
+    source_tokens: list[int],
+) -> dict[str, Any]:
+    """Both engines' answers: roomy, and with so few pages that requests are preempted."""
+    extra = {"max_logprobs": -1, "reasoning_config": {"reasoning_start_str": "def", "reasoning_end_str": "return"}}
+    phases = [{"requests": workload(source_tokens)}]
+    long = [
+        {
+            "prompt": source_tokens[31 * i : 31 * i + 90],
+            "sampling": {"temperature": 0.0, "max_tokens": 120, "ignore_eos": True},
+        }
+        for i in range(8)
+    ]
+    (plain,) = run_engines([(plain_engine | extra, [*phases, {"requests": long}])])
+    tight = {"num_gpu_blocks_override": 24}  # eight requests want 56
+    both = run_engines(
+        [
+            (plain_engine, [{"requests": long[:1]}]),
+            (jakiro_engine | extra, phases),
+            (jakiro_engine | tight, [{"requests": long}]),
+        ]
+    )
+    return {"plain": plain[0], "jakiro": both[1][0], "plain long": plain[1], "preempted": both[2][0]}
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.parametrize("feature", FEATURES)
+def test_same_answer(answers: dict[str, Any], feature: str) -> None:
+    names = [*FEATURES] * 2
+    compared = 0
+    for name, plain, jakiro in zip(names, answers["plain"]["requests"], answers["jakiro"]["requests"], strict=True):
+        if name != feature:
+            continue
+        assert jakiro["tokens"] == plain["tokens"]
+        assert jakiro["text"] == plain["text"]
+        assert (jakiro["finish"], jakiro["stop_reason"]) == (plain["finish"], plain["stop_reason"])
+        for key in ("prompt_logprobs",):
+            if plain[key] is not None:
+                difference = torch.tensor(plain[key]) - torch.tensor(jakiro[key])
+                assert difference.abs().max() < LOGPROB_TOLERANCE
+        if plain["logprobs"] is not None:
+            for a, b in zip(plain["logprobs"], jakiro["logprobs"], strict=True):
+                assert a.keys() == b.keys()
+        compared += 1
+    assert compared == 2
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_trees_stood_beside_them(answers: dict[str, Any]) -> None:
+    assert answers["jakiro"]["acceptance"]["mixed"] > 5
+    assert answers["jakiro"]["acceptance"]["accepted"] > 100
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_preempted_requests(answers: dict[str, Any]) -> None:
+    plain, jakiro = answers["plain long"]["requests"], answers["preempted"]["requests"]
+    assert [r["tokens"] for r in jakiro] == [r["tokens"] for r in plain]
+    assert answers["preempted"]["acceptance"]["accepted"] > 100
+
+
+LAYERS: dict[str, tuple[dict[str, Any], str]] = {
+    "sinks": ({"sinks": torch.zeros(4)}, "attention sinks"),
+    "ALiBi": ({"alibi_slopes": torch.zeros(4)}, "ALiBi"),
+    "shared pages": ({"kv_sharing_target_layer_name": "other"}, "shares another layer's KV"),
+    "narrow window": ({"sliding_window": 6}, "sliding window of 6, which must exceed the trees' depth 6"),
+    "encoder": ({"attn_type": "encoder"}, "encoder attention"),
+}
+
+
+def layer(**changes: Any) -> SimpleNamespace:
+    """An attention layer that passes, but for ``changes`` of its implementation."""
+    impl = object.__new__(TreeCPUAttentionImpl)
+    settings = {
+        "attn_type": "decoder",
+        "sinks": None,
+        "alibi_slopes": None,
+        "kv_sharing_target_layer_name": None,
+        "sliding_window": -1,
+    }
+    vars(impl).update(settings | changes)
+    return SimpleNamespace(attn_backend=TreeCPUAttentionBackend, impl=impl, isa="vec", kv_cache=torch.zeros(1))
+
+
+def test_an_ordinary_layer_passes() -> None:
+    assert layers._refusal(layer(), torch.float32, 6) is None
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_that_trees_do_not_cover(name: str) -> None:
+    changes, message = LAYERS[name]
+    assert message in str(layers._refusal(layer(**changes), torch.float32, 6))
+
+
+def test_backends_and_pages_that_trees_do_not_know() -> None:
+    other = layer()
+    other.attn_backend = type("Chunked", (TreeCPUAttentionBackend,), {})
+    assert "backend of its own" in str(layers._refusal(other, torch.float32, 6))
+    other = layer()
+    other.isa = "neon"
+    assert "layout 'neon'" in str(layers._refusal(other, torch.float32, 6))
+    assert "keeps its KV as torch.float32" in str(layers._refusal(layer(), torch.bfloat16, 6))
