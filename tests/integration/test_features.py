@@ -18,6 +18,9 @@ from jakiro_vllm.integration.cpu_attention import TreeCPUAttentionBackend, TreeC
 #: One row of fp32 and many round differently.
 LOGPROB_TOLERANCE = 1e-3
 
+#: Texts that stand for the marks of a reasoning model; its budget forces the second.
+THINK, ANSWER = "import os", "raise SystemExit"
+
 FEATURES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "bad words": {"bad_words": ["self", " return"]},
@@ -34,13 +37,16 @@ FEATURES: dict[str, dict[str, Any]] = {
 }
 
 
-def workload(source: list[int]) -> list[dict[str, Any]]:
+def workload(source: list[int], thinking: list[int]) -> list[dict[str, Any]]:
     """Every feature twice, interleaved, so that each stands beside requests with trees."""
     requests = []
     for i, settings in enumerate([*FEATURES.values()] * 2):
         start = 200 * i
+        prompt = source[start : start + 20 + 3 * i]
+        if "thinking_token_budget" in settings:
+            prompt = prompt + thinking
         defaults = {"temperature": 0.0, "max_tokens": 60}
-        requests.append({"prompt": source[start : start + 20 + 3 * i], "sampling": defaults | settings})
+        requests.append({"prompt": prompt, "sampling": defaults | settings})
     return requests
 
 
@@ -50,10 +56,12 @@ def answers(
     plain_engine: dict[str, Any],
     jakiro_engine: dict[str, Any],
     source_tokens: list[int],
+    tokenizer: Any,
 ) -> dict[str, Any]:
     """Both engines' answers: roomy, and with so few pages that requests are preempted."""
-    extra = {"max_logprobs": -1, "reasoning_config": {"reasoning_start_str": "def", "reasoning_end_str": "return"}}
-    phases = [{"requests": workload(source_tokens)}]
+    extra = {"max_logprobs": -1, "reasoning_config": {"reasoning_start_str": THINK, "reasoning_end_str": ANSWER}}
+    start = tokenizer(THINK, add_special_tokens=False)["input_ids"]
+    phases = [{"requests": workload(source_tokens, start)}]
     long = [
         {
             "prompt": source_tokens[31 * i : 31 * i + 90],
@@ -94,6 +102,16 @@ def test_same_answer(answers: dict[str, Any], feature: str) -> None:
                 assert a.keys() == b.keys()
         compared += 1
     assert compared == 2
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_thinking_budget_was_enforced(answers: dict[str, Any]) -> None:
+    names = [*FEATURES] * 2
+    texts = [
+        r["text"] for name, r in zip(names, answers["jakiro"]["requests"], strict=True) if name == "thinking budget"
+    ]
+    assert all(ANSWER in text for text in texts)
 
 
 @pytest.mark.vllm
