@@ -143,7 +143,11 @@ class HeadOutput:
         """``[T, C]`` the mixture: the next feature, whose logits predict the next token."""
         if self.gates is None:
             return self.residual + self.head.experts.down(self.activations.flatten(-2))
-        weights = self._scatter(*self._routing())
+        num_experts = self.head.spec.num_experts
+        if num_experts == EXPERTS_PER_TOKEN:  # nothing to choose
+            weights = self.gates[..., :num_experts].float().softmax(dim=-1).to(self.residual.dtype)
+        else:
+            weights = self._scatter(*self._routing())
         return self.residual + self.head.experts.combine(self.activations, weights)
 
     def contrast(self) -> Tensor:

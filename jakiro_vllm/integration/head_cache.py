@@ -28,6 +28,8 @@ class PagedHeadCache:
         self.block_tables = block_tables
         self.context_lens = context_lens
         self.slots = slots
+        # The context stays as it is while a tree grows, so its pages are unpacked once.
+        self.pages = layer.impl.paged_cache(layer, layer.kv_cache, keep=True)
 
     def write(self, keys: Tensor, values: Tensor) -> None:
         """Stores ``[T, G, D]`` keys and values."""
@@ -47,7 +49,7 @@ class PagedHeadCache:
         out = torch.empty_like(flat)
         tree_attention(
             flat,
-            self.layer.impl.paged_cache(self.layer, self.layer.kv_cache),
+            self.pages,
             TreeJobs(
                 block_tables=self.block_tables,
                 context_lens=self.context_lens,

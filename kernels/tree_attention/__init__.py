@@ -25,10 +25,13 @@ class PagedCache:
     Attributes:
         pages: ``[P, G, B, 2 * D]``, in each page and head the keys' half before the values'.
         layout: ``vec`` (keys ``[D, B]``, values ``[B, D]``) or ``amx`` (both packed in 16x2 tiles).
+        kept: where calls share what they unpacked, if they have the same block tables and contexts and the
+            pages do not change between them; None keeps nothing.
     """
 
     pages: Tensor
     layout: str
+    kept: dict[int, tuple[Tensor, Tensor]] | None = None
 
     @property
     def block_size(self) -> int:
@@ -120,6 +123,7 @@ def tree_attention(
         query,
         pages.view(pages.shape[0], pages.shape[1], 2, -1),
         cache.layout,
+        cache.kept,
         jobs.plan(ancestors, depths),
         tree_keys,
         tree_values,

@@ -138,6 +138,7 @@ def attend(
     query: Tensor,
     pages: Tensor,
     layout: str,
+    kept: dict[int, tuple[Tensor, Tensor]] | None,
     plan: Plan,
     tree_keys: Tensor,
     tree_values: Tensor,
@@ -152,6 +153,7 @@ def attend(
         query: ``[T, H, D]``.
         pages: ``[P, G, 2, B * D]``.
         layout: of the pages.
+        kept: unpacked pages, shared between calls; see ``PagedCache``.
         plan: of the step.
         tree_keys: ``[*, G, D]``.
         tree_values: ``[*, G, D]``.
@@ -178,9 +180,14 @@ def attend(
     for first in range(0, max(1, num_pages), per_chunk):
         table = plan.block_tables[:, first : min(first + per_chunk, num_pages)]
         count = table.shape[1]
-        keys, values = unpack_pages(pages[table], layout, dim)  # [J, C, G, D, B], [J, C, G, B, D]
         hidden, beyond = plan.masks(first, count, block, group, window)
-        values = values.masked_fill_(beyond, 0.0)
+        if kept is not None and count in kept:
+            keys, values = kept[count]
+        else:
+            keys, values = unpack_pages(pages[table], layout, dim)  # [J, C, G, D, B], [J, C, G, B, D]
+            values = values.masked_fill_(beyond, 0.0)
+            if kept is not None and count == num_pages:
+                kept[count] = keys, values
         # [J, C, G, M, B] -> [J, G, M, C * B]
         scores = (grouped.unsqueeze(1) @ keys).permute(0, 2, 3, 1, 4).flatten(3)
         if first == 0:
