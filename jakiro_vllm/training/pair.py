@@ -49,7 +49,7 @@ class PairRecipe:
     target: TargetRecipe = TargetRecipe()
     generation: GenerationRecipe = GenerationRecipe()
     head: HeadRecipe = HeadRecipe(
-        epochs=3.0,
+        epochs=2.0,
         rows_per_step=5,
         row_length=768,
         lr=2e-3,
@@ -173,7 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m jakiro_vllm.training.pair",
         description="Train the embedded pair: a small code model, and a Jakiro draft head for it. "
-        "Takes less than two hours on two cores, and needs no network.",
+        "Made to fit two hours on two cores; needs no network.",
         epilog="Run the same command again after an interruption: it resumes. "
         "Results depend on the Python version, whose standard library is the training text.",
     )

@@ -6,11 +6,13 @@ Plain vLLM and vLLM with trees run in one process here, one after the other, whi
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from published_heads import published_head, write_head
 
 from jakiro_vllm.integration import layers
 from jakiro_vllm.integration.cpu_attention import TreeCPUAttentionBackend, TreeCPUAttentionImpl
@@ -50,6 +52,19 @@ def workload(source: list[int], thinking: list[int]) -> list[dict[str, Any]]:
     return requests
 
 
+#: Heads with random weights: they accept little, and must change nothing.
+OTHER_HEADS: dict[str, dict[str, Any]] = {
+    "four experts": {"variant": "jakiro", "num_experts": 4},
+    "jakiro_star": {"variant": "jakiro_star", "file_format": "bin", "intermediate_size": 64},
+    "dense": {"variant": "dense", "bias": False},
+}
+
+
+def random_head(folder: Path, variant: str, file_format: str = "safetensors", **options: Any) -> str:
+    """Writes a head of the embedded target's sizes in the published layout."""
+    return str(write_head(folder, *published_head(variant, hidden_size=256, **options), file_format))
+
+
 @pytest.fixture(scope="module")
 def answers(
     run_engines: Callable[..., Any],
@@ -57,6 +72,7 @@ def answers(
     jakiro_engine: dict[str, Any],
     source_tokens: list[int],
     tokenizer: Any,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Any]:
     """Both engines' answers: roomy, and with so few pages that requests are preempted."""
     extra = {"max_logprobs": -1, "reasoning_config": {"reasoning_start_str": THINK, "reasoning_end_str": ANSWER}}
@@ -71,14 +87,27 @@ def answers(
     ]
     (plain,) = run_engines([(plain_engine | extra, [*phases, {"requests": long}])])
     tight = {"num_gpu_blocks_override": 24}  # eight requests want 56
+    largest = {"num_speculative_tokens": 63, "tree": {"depth": 6, "top_k": 12}}
+    speculation = jakiro_engine["speculative_config"]
+    heads = [
+        speculation | {"model": random_head(tmp_path_factory.mktemp("heads") / "head", **head)}
+        for head in OTHER_HEADS.values()
+    ]
     both = run_engines(
         [
             (plain_engine, [{"requests": long[:1]}]),
-            (jakiro_engine | extra, phases),
+            (jakiro_engine | extra | {"speculative_config": speculation | largest}, phases),
             (jakiro_engine | tight, [{"requests": long}]),
+            *((jakiro_engine | {"speculative_config": head}, [{"requests": long[:4]}]) for head in heads),
         ]
     )
-    return {"plain": plain[0], "jakiro": both[1][0], "plain long": plain[1], "preempted": both[2][0]}
+    return {
+        "other heads": {name: found[0]["requests"] for name, found in zip(OTHER_HEADS, both[3:], strict=True)},
+        "plain": plain[0],
+        "jakiro": both[1][0],
+        "plain long": plain[1],
+        "preempted": both[2][0],
+    }
 
 
 @pytest.mark.vllm
@@ -93,10 +122,9 @@ def test_same_answer(answers: dict[str, Any], feature: str) -> None:
         assert jakiro["tokens"] == plain["tokens"]
         assert jakiro["text"] == plain["text"]
         assert (jakiro["finish"], jakiro["stop_reason"]) == (plain["finish"], plain["stop_reason"])
-        for key in ("prompt_logprobs",):
-            if plain[key] is not None:
-                difference = torch.tensor(plain[key]) - torch.tensor(jakiro[key])
-                assert difference.abs().max() < LOGPROB_TOLERANCE
+        if plain["prompt_logprobs"] is not None:
+            difference = torch.tensor(plain["prompt_logprobs"]) - torch.tensor(jakiro["prompt_logprobs"])
+            assert difference.abs().max() < LOGPROB_TOLERANCE
         if plain["logprobs"] is not None:
             for a, b in zip(plain["logprobs"], jakiro["logprobs"], strict=True):
                 assert a.keys() == b.keys()
@@ -127,6 +155,14 @@ def test_preempted_requests(answers: dict[str, Any]) -> None:
     plain, jakiro = answers["plain long"]["requests"], answers["preempted"]["requests"]
     assert [r["tokens"] for r in jakiro] == [r["tokens"] for r in plain]
     assert answers["preempted"]["acceptance"]["accepted"] > 100
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.parametrize("head", OTHER_HEADS)
+def test_other_heads(answers: dict[str, Any], head: str) -> None:
+    found, plain = answers["other heads"][head], answers["plain long"]["requests"]
+    assert [r["tokens"] for r in found] == [r["tokens"] for r in plain[:4]]
 
 
 LAYERS: dict[str, tuple[dict[str, Any], str]] = {
