@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,15 +102,7 @@ def _select(args: EngineArgs, target: ModelConfig, parallel: ParallelConfig) -> 
         "num_speculative_tokens": config.node_budget,
     }
     args.additional_config = dict(args.additional_config or {}) | {
-        ADDITIONAL_CONFIG_KEY: {
-            "head": str(folder),
-            "tree": {
-                "node_budget": config.node_budget,
-                "depth": config.depth,
-                "top_k": config.top_k,
-                "policy": config.policy,
-            },
-        }
+        ADDITIONAL_CONFIG_KEY: {"head": str(folder), "tree": asdict(config)}
     }
 
 
