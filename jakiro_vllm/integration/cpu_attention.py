@@ -88,11 +88,8 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
     def paged_cache(self, layer: Any, kv_cache: Tensor, keep: bool = False) -> PagedCache:
         """The layer's pages as the tree kernel reads them; ``keep`` for several calls on the same context.
 
-        Raises:
-            ValueError: if vLLM writes them in a layout the kernel does not know.
+        Layouts that the kernel does not know were refused at start-up (``layers.check_layers``).
         """
-        if layer.isa not in PAGE_LAYOUTS:
-            raise ValueError(f"tree attention reads KV layouts {', '.join(PAGE_LAYOUTS)}, got {layer.isa!r}")
         return PagedCache(kv_cache, PAGE_LAYOUTS[layer.isa], {} if keep else None)
 
     def forward(

@@ -24,7 +24,7 @@ PROPOSER = "jakiro_vllm.integration.proposer.JakiroProposer"
 CPU_WORKER = "jakiro_vllm.integration.cpu_worker.JakiroCPUWorker"
 ADDITIONAL_CONFIG_KEY = "jakiro"
 #: Programs in which nobody catches an exception of ours.
-COMMANDS = ("vllm", "jakiro-vllm", "api_server.py")
+COMMANDS = ("vllm", "api_server.py")
 ALLOWED_KEYS = ("method", "model", "num_speculative_tokens", "tree")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -55,8 +56,9 @@ class Step:
     metadata: dict[str, Any] | None = None
     committed: CommittedRows | None = None
 
+    @cached_property
     def tree_row_index(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns ``(rows [N], requests [N], nodes [N])`` of all tree rows."""
+        """``(rows [N], requests [N], nodes [N])`` of all tree rows."""
         counts = self.row_counts[self.tree_requests]
         job = torch.repeat_interleave(counts)
         nodes = torch.arange(job.shape[0]) - (counts.cumsum(0) - counts)[job]
@@ -97,7 +99,7 @@ class JakiroRunnerMixin:
         self.input_ids.gpu[: scheduler_output.total_num_scheduled_tokens].clamp_(min=0)  # type: ignore[attr-defined]
         self._step = step = self._plan_step(scheduler_output, num_scheduled_tokens)
         if step.tree_requests.numel():
-            rows, requests, nodes = step.tree_row_index()
+            rows, requests, nodes = step.tree_row_index
             self.positions[rows] = step.base[requests] + step.trees.depths[requests, nodes]  # type: ignore[attr-defined]
         return result
 
@@ -133,7 +135,7 @@ class JakiroRunnerMixin:
         return per_layer, common
 
     def _attach_trees(self, step: Step, per_layer: dict[str, Any]) -> None:
-        rows, requests, nodes = step.tree_row_index()
+        rows, requests, nodes = step.tree_row_index
         ancestors = torch.zeros(int(step.row_counts.sum()), dtype=torch.int64)
         depths = torch.zeros_like(ancestors)
         ancestors[rows] = step.trees.ancestors[requests, nodes]

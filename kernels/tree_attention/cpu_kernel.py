@@ -37,7 +37,7 @@ class RunningSoftmax:
         maximum = scores.amax(dim=3, keepdim=True)
         if self.maximum is not None:
             maximum = torch.maximum(self.maximum, maximum)
-        # A row that has seen nothing yet: 0 in place of -inf leaves its weights at exp(-inf) = 0.
+        # A row that has seen nothing yet: a finite pivot in place of -inf leaves its weights at exp(-inf) = 0.
         pivot = maximum.clamp(min=torch.finfo(torch.float32).min)
         weights = scores.sub_(pivot).exp_()
         total, values = weights.sum(dim=3, keepdim=True), weigh(weights)

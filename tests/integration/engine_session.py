@@ -56,7 +56,7 @@ def sabotage(runner: Any, what: str) -> Any:
             result = original(self, scheduler_output, counts)
             step = self._step
             if step.tree_requests.numel():
-                rows, requests, nodes = step.tree_row_index()
+                rows, requests, nodes = step.tree_row_index
                 self.positions[rows] = step.base[requests] + nodes
             return result
 
@@ -69,9 +69,9 @@ class Acceptance:
     """Counts what the walk accepts, and which shapes of batches were verified."""
 
     def __init__(self, runner: Any) -> None:
-        self.drafts = self.accepted = self.moved = self.mixed = self.steps = 0
+        self.drafts = self.accepted = self.moved = self.mixed = self.steps = self.resumed = 0
         self.by_depth: dict[int, int] = {}
-        original = runner._compact
+        original, update = runner._compact, runner._update_states
 
         def compact(step: Any) -> None:
             trees = step.tree_requests
@@ -85,12 +85,16 @@ class Acceptance:
                 self.by_depth[depth] = self.by_depth.get(depth, 0) + 1
             original(step)
 
-        runner._compact = compact
+        def update_states(scheduler_output: Any) -> Any:
+            self.resumed += len(scheduler_output.scheduled_cached_reqs.resumed_req_ids)
+            return update(scheduler_output)
+
+        runner._compact, runner._update_states = compact, update_states
 
     def take(self) -> dict[str, Any]:
         """Returns and resets the counts."""
         taken = {k: v for k, v in vars(self).items() if k != "by_depth"} | {"by_depth": self.by_depth}
-        self.drafts = self.accepted = self.moved = self.mixed = self.steps = 0
+        self.drafts = self.accepted = self.moved = self.mixed = self.steps = self.resumed = 0
         self.by_depth = {}
         return taken
 

@@ -155,6 +155,7 @@ def test_preempted_requests(answers: dict[str, Any]) -> None:
     plain, jakiro = answers["plain long"]["requests"], answers["preempted"]["requests"]
     assert [r["tokens"] for r in jakiro] == [r["tokens"] for r in plain]
     assert answers["preempted"]["acceptance"]["accepted"] > 100
+    assert answers["preempted"]["acceptance"]["resumed"] > 0, "nothing was preempted: the test proves nothing"
 
 
 @pytest.mark.vllm
