@@ -1,0 +1,35 @@
+"""Which implementation runs: Triton where the tensors lie on a GPU, PyTorch elsewhere."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+def runs_triton(tensor: Tensor) -> bool:
+    """Whether an operation on this tensor is launched as a Triton kernel."""
+    return tensor.is_cuda
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets kernels on the CPU (``TRITON_INTERPRET=1``) instead of compiling them."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+
+
+def tuned(configs: Sequence[Any], key: Sequence[str]) -> Callable[[Any], Any]:
+    """Picks the fastest of a few configurations per value of ``key``, and keeps the choice on disk.
+
+    A new key is timed on its first launch, which must not happen while a CUDA graph is captured: run a shape
+    once before capturing it. The interpreter takes the first configuration, since nothing can be timed there.
+
+    Args:
+        configs: ``triton.Config`` objects, none of which spills registers.
+        key: names of the kernel's arguments that the choice depends on.
+    """
+    import triton
+
+    chosen = list(configs[:1]) if interpreted() else list(configs)
+    return triton.autotune(configs=chosen, key=list(key), cache_results=True)
