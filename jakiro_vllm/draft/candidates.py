@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from jakiro_vllm.draft.head import HeadOutput, HeadSpec, Variant
+from jakiro_vllm.kernels import top_tokens as kernels
 
 #: ``lm_head(features [T, C]) -> logits [T, V]``: the target's own.
 LmHead = Callable[[Tensor], Tensor]
@@ -52,9 +53,7 @@ def top_tokens(features: Tensor, lm_head: LmHead, width: int) -> tuple[Tensor, T
     Returns:
         ``(tokens [T, W] int64, log_probs [T, W] float32)``, the most probable first.
     """
-    logits = lm_head(features).float()
-    values, tokens = logits.topk(width, dim=-1)
-    return tokens, values - logits.logsumexp(dim=-1, keepdim=True)
+    return kernels.top_tokens(lm_head(features), width)
 
 
 def propose(output: HeadOutput, lm_head: LmHead, width: int, policy: str) -> Candidates:

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
-from jakiro_vllm.draft.head import EXPERTS_PER_TOKEN, DraftHead, HeadSpec, Variant
+from jakiro_vllm.draft.head import DraftHead, HeadSpec, Variant
 from jakiro_vllm.errors import HeadCheckpointError
+from jakiro_vllm.kernels.experts import EXPERTS_PER_TOKEN
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 _LAYER = "layers.0."

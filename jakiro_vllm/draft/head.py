@@ -12,17 +12,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from jakiro_vllm.kernels.experts import HALVES, Routing, activate, combine, route, separate
+
 #: ``attend(query [T, H, D]) -> [T, H, D]``; whoever calls the head knows where keys and values live.
 Attend = Callable[[Tensor], Tensor]
-
-EXPERTS_PER_TOKEN = 2
 
 
 class Variant(StrEnum):
@@ -77,39 +77,15 @@ class HeadSpec:
 
 
 class Experts(nn.Module):
-    """Gate and experts, with the experts' matrices side by side so that each is read once.
-
-    Since every expert ends in a linear map, a weighted sum of experts is one product:
-    ``sum_e w_e * down_e @ a_e = [down_0 .. down_E] @ [w_0 a_0 .. w_E a_E]``.
-    """
+    """Gate and experts, with the experts' matrices side by side so that each is read once."""
 
     def __init__(self, spec: HeadSpec) -> None:
         super().__init__()
-        self.spec = spec
         width = spec.num_experts * spec.intermediate_size
-        self.swiglu = spec.variant is not Variant.JAKIRO_STAR
+        self.activation = "gelu" if spec.variant is Variant.JAKIRO_STAR else "swiglu"
         self.gate = nn.Linear(spec.hidden_size, spec.num_gates, bias=False) if spec.num_gates else None
-        self.up = nn.Linear(spec.hidden_size, (2 if self.swiglu else 1) * width, bias=False)
+        self.up = nn.Linear(spec.hidden_size, HALVES[self.activation] * width, bias=False)
         self.down = nn.Linear(width, spec.hidden_size, bias=False)
-
-    def activations(self, x: Tensor) -> Tensor:
-        """``[T, C] -> [T, E, I]``: what each expert's last matrix reads."""
-        up = self.up(x)
-        if self.swiglu:
-            gate, up = up.chunk(2, dim=-1)
-            up = F.silu(gate) * up
-        else:
-            up = F.gelu(up)
-        return up.unflatten(-1, (self.spec.num_experts, self.spec.intermediate_size))
-
-    def combine(self, activations: Tensor, weights: Tensor) -> Tensor:
-        """``[T, E, I], [T, E] -> [T, C]``: the experts' weighted sum."""
-        return self.down((activations * weights.unsqueeze(-1)).flatten(-2))
-
-    def separate(self, activations: Tensor) -> Tensor:
-        """``[T, E, I] -> [T, E, C]``: the experts' own outputs."""
-        down = self.down.weight.unflatten(1, (self.spec.num_experts, self.spec.intermediate_size))
-        return torch.einsum("...ei,cei->...ec", activations, down)
 
 
 @dataclass
@@ -118,68 +94,48 @@ class HeadOutput:
 
     Attributes:
         head: the head it came from.
-        residual: ``[T, C]`` what the experts' outputs are added to.
-        activations: ``[T, E, I]``.
-        gates: ``[T, num_gates]`` logits, ``None`` for ``DENSE``.
+        residual: ``[..., C]`` what the experts' outputs are added to.
+        activations: ``[T, E, I]`` what the experts' last matrices read, for all rows.
+        routing: of all rows.
+        contrastive: whether ``contrast`` will be asked for: both outputs then come from one read of the weights.
     """
 
     head: DraftHead
     residual: Tensor
     activations: Tensor
-    gates: Tensor | None
+    routing: Routing
+    contrastive: bool
 
-    def _routing(self) -> tuple[Tensor, Tensor]:
-        """Returns ``(expert ids [T, K], weights [T, K])``, the most probable expert first."""
-        assert self.gates is not None
-        logits = self.gates[..., : self.head.spec.num_experts].float()
-        top, experts = logits.topk(EXPERTS_PER_TOKEN, dim=-1)
-        return experts, top.softmax(dim=-1)
-
-    def _scatter(self, experts: Tensor, weights: Tensor) -> Tensor:
-        dense = weights.new_zeros((*weights.shape[:-1], self.head.spec.num_experts))
-        return dense.scatter(-1, experts, weights).to(self.residual.dtype)
+    @cached_property
+    def _combined(self) -> tuple[Tensor, Tensor | None]:
+        rows = self.residual.flatten(0, -2)
+        return combine(self.activations, self.head.experts.down.weight, self.routing, rows, self.contrastive)
 
     def feature(self) -> Tensor:
-        """``[T, C]`` the mixture: the next feature, whose logits predict the next token."""
-        if self.gates is None:
-            return self.residual + self.head.experts.down(self.activations.flatten(-2))
-        num_experts = self.head.spec.num_experts
-        if num_experts == EXPERTS_PER_TOKEN:  # nothing to choose
-            weights = self.gates[..., :num_experts].float().softmax(dim=-1).to(self.residual.dtype)
-        else:
-            weights = self._scatter(*self._routing())
-        return self.residual + self.head.experts.combine(self.activations, weights)
+        """``[..., C]`` the mixture: the next feature, whose logits predict the next token."""
+        return self._combined[0].view_as(self.residual)
 
     def contrast(self) -> Tensor:
-        """``[T, C]`` the contrastive feature, whose logits predict the token after the next.
+        """``[..., C]`` the contrastive feature, whose logits predict the token after the next.
 
         ``c_max * E_max(h) - c_min * E_min(h)`` with ``c = softmax(gate[E:])``. With two experts ``c_j``
         belongs to expert j; with more, to the j-th most probable one.
         """
-        spec = self.head.spec
-        assert spec.has_contrast and self.gates is not None
-        c = self.gates[..., spec.num_experts :].float().softmax(dim=-1)  # [T, 2]
-        sign = torch.where(c[..., :1] > c[..., 1:], 1.0, -1.0)
-        weights = torch.cat([c[..., :1], -c[..., 1:]], dim=-1) * sign
-        if spec.num_experts == EXPERTS_PER_TOKEN:
-            weights = weights.to(self.residual.dtype)
-        else:
-            weights = self._scatter(self._routing()[0], weights)
-        return self.residual + self.head.experts.combine(self.activations, weights)
+        contrast = self._combined[1]
+        assert contrast is not None, "asked of a forward that was not contrastive"
+        return contrast.view_as(self.residual)
 
     def expert_features(self) -> tuple[Tensor, Tensor]:
         """The selected experts' own features, unmixed.
 
         Returns:
-            ``([T, K, C], [T, K] float32)``: features and log gate weights, the most probable expert first.
+            ``([..., K, C], [..., K] float32)``: features and log gate weights, the most probable expert first.
             ``K`` is 1 for ``DENSE``.
         """
-        own = self.residual.unsqueeze(-2) + self.head.experts.separate(self.activations)
-        if self.gates is None:
-            return own, own.new_zeros(own.shape[:-1], dtype=torch.float32)
-        experts, weights = self._routing()
-        index = experts.unsqueeze(-1).expand(*experts.shape, own.shape[-1])
-        return own.gather(-2, index), weights.log()
+        rows = self.residual.flatten(0, -2)
+        own = separate(self.activations, self.head.experts.down.weight, self.routing, rows)
+        shape = self.residual.shape[:-1]
+        return own.unflatten(0, shape), self.routing.weights.log().unflatten(0, shape)
 
 
 class DraftHead(nn.Module):
@@ -227,7 +183,7 @@ class DraftHead(nn.Module):
         heads = (self.spec.num_kv_heads, self.spec.head_dim)
         return self._rotate(k.unflatten(-1, heads), positions), v.unflatten(-1, heads)
 
-    def finish(self, x: Tensor, positions: Tensor, attend: Attend) -> HeadOutput:
+    def finish(self, x: Tensor, positions: Tensor, attend: Attend, contrastive: bool = False) -> HeadOutput:
         """Attends and runs the experts, for the rows whose output is wanted.
 
         A head of one layer needs no output of the tokens before them, only their keys and values.
@@ -236,12 +192,16 @@ class DraftHead(nn.Module):
             x: ``[..., C]`` from ``fuse``.
             positions: ``[...] int64``.
             attend: ``[..., H, D] -> [..., H, D]``, over earlier positions or ancestors and the row itself.
+            contrastive: whether the output's contrastive feature will be asked for.
         """
         q = self.q_proj(x).unflatten(-1, (self.spec.num_heads, self.spec.head_dim))
         residual = x + self.o_proj(attend(self._rotate(q, positions)).flatten(-2))
-        normed = self.norm(residual)
-        gates = self.experts.gate(normed) if self.experts.gate is not None else None
-        return HeadOutput(self, residual, self.experts.activations(normed), gates)
+        spec, experts = self.spec, self.experts
+        gate = None if experts.gate is None else experts.gate.weight
+        rows = residual.flatten(0, -2)
+        routing = route(rows, self.norm.weight, spec.rms_norm_eps, gate, spec.num_experts, spec.has_contrast)
+        activations = activate(routing.normed, experts.up.weight, routing, spec.num_experts, experts.activation)
+        return HeadOutput(self, residual, activations, routing, contrastive)
 
     def forward(
         self,
@@ -263,4 +223,4 @@ class DraftHead(nn.Module):
         """
         x = self.fuse(token_embeds, features)
         k, v = self.keys_values(x, positions)
-        return self.finish(x, positions, lambda q: attend(q, k, v))
+        return self.finish(x, positions, lambda q: attend(q, k, v), contrastive=self.spec.has_contrast)

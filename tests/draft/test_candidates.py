@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -110,8 +111,7 @@ def test_no_token_twice(policy: str, variant: str, tiny_spec: Callable[..., Head
 def test_equal_experts_propose_every_token_once(variant: str, tiny_spec: Callable[..., HeadSpec]) -> None:
     """All scores tie exactly: every token keeps one entry, that of the first expert."""
     output, lm_head = make_output(tiny_spec(variant))
-    assert output.gates is not None
-    output.gates = torch.zeros_like(output.gates)
+    output.routing = replace(output.routing, weights=torch.full_like(output.routing.weights, 0.5))
     output.activations = output.activations[:, :1].expand_as(output.activations)
     half = output.head.experts.down.weight[:, : output.head.spec.intermediate_size]
     output.head.experts.down.weight.copy_(half.repeat(1, 2))
@@ -128,7 +128,8 @@ def test_equal_experts_propose_every_token_once(variant: str, tiny_spec: Callabl
 def test_a_gate_that_rules_an_expert_out(tiny_spec: Callable[..., HeadSpec]) -> None:
     """Its weight underflows to zero: its candidates are worth nothing, and nothing becomes NaN."""
     output, lm_head = make_output(tiny_spec("jakiro_star"))
-    output.gates = torch.tensor([300.0, -300.0]).expand(NODES, 2)
+    experts, weights = torch.tensor([[0, 1]]).expand(NODES, 2), torch.tensor([[1.0, 0.0]]).expand(NODES, 2)
+    output.routing = replace(output.routing, experts=experts, weights=weights)
     found = propose(output, lambda f: f @ lm_head.T, 5, "decoupled")
     assert found.log_probs.isfinite().all()
     assert (found.sources == 0).all()

@@ -17,6 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from jakiro_vllm.draft.checkpoint import load_head
 from jakiro_vllm.draft.head import DraftHead, HeadOutput, HeadSpec, Variant
+from jakiro_vllm.kernels.experts import route
 
 #: fp32 sums of a few dozen terms in another order.
 FP32 = {"rtol": 1e-4, "atol": 1e-5}
@@ -101,14 +102,15 @@ def test_every_output_follows_the_formulas(
 def test_cases_cover_every_order_of_the_gates(generator: torch.Generator, tmp_path: Path) -> None:
     """Otherwise an error in the order of the experts could hide."""
     output, _ = run("jakiro", {}, torch.float64, generator, tmp_path)
-    assert output.gates is not None
-    routing, contrast = output.gates[:, 0] > output.gates[:, 1], output.gates[:, 2] > output.gates[:, 3]
-    assert {(bool(a), bool(b)) for a, b in zip(routing, contrast, strict=True)} == {
+    routing = output.routing
+    assert routing.contrast is not None
+    first = routing.experts.argmin(dim=1, keepdim=True)  # where expert 0 stands
+    preferred, positive = first[:, 0] == 0, routing.contrast.gather(1, first)[:, 0] > 0
+    assert {(bool(a), bool(b)) for a, b in zip(preferred, positive, strict=True)} == {
         (a, b) for a in (False, True) for b in (False, True)
     }
     output, _ = run("jakiro", {"num_experts": 4}, torch.float64, generator, tmp_path)
-    assert output.gates is not None
-    assert output.gates[:, :4].topk(2).indices.unique().numel() == 4
+    assert output.routing.experts.unique().numel() == 4
 
 
 @pytest.mark.parametrize("order", ["first", "second"])
@@ -117,13 +119,18 @@ def test_contrastive_gates_belong_to_the_experts_in_order(
 ) -> None:
     """With two experts: ``c_max * E_max - c_min * E_min``, whichever expert the routing prefers."""
     output, _ = run("jakiro", {}, torch.float64, generator, tmp_path)
-    experts = output.head.experts.separate(output.activations)
+    head, residual, activations = output.head, output.residual[:1], output.activations[:1]
     gates = torch.tensor([0.0, 3.0, 2.0, 0.5] if order == "first" else [3.0, 0.0, -1.0, 1.5]).double()
-    output.gates = gates.expand(LENGTH, 4)
+    normed = head.norm(residual)[0]
+    gate = torch.outer(gates, normed) / normed.dot(normed)  # what gives this row these logits
+    routing = route(residual, head.norm.weight, head.spec.rms_norm_eps, gate, 2, contrast=True)
+    down = head.experts.down.weight.unflatten(1, activations.shape[1:])
+    experts = torch.einsum("tei,cei->tec", activations, down)
     c = gates[2:].softmax(dim=0)
     expected = c[0] * experts[:, 0] - c[1] * experts[:, 1]
-    expected = output.residual + (expected if order == "first" else -expected)
-    torch.testing.assert_close(output.contrast(), expected, **FP64)
+    expected = residual + (expected if order == "first" else -expected)
+    found = HeadOutput(head, residual, activations, routing, contrastive=True)
+    torch.testing.assert_close(found.contrast(), expected, **FP64)
 
 
 def test_finish_of_chosen_rows_equals_the_whole_forward(generator: torch.Generator, tmp_path: Path) -> None:
@@ -140,7 +147,7 @@ def test_finish_of_chosen_rows_equals_the_whole_forward(generator: torch.Generat
         padded[-1:] = query
         return causal(padded, keys, values)[-1:]
 
-    last = head.finish(x[-1:], positions[-1:], attend)
+    last = head.finish(x[-1:], positions[-1:], attend, contrastive=True)
     torch.testing.assert_close(last.feature(), whole.feature()[-1:], **FP32)
     torch.testing.assert_close(last.contrast(), whole.contrast()[-1:], **FP32)
 
