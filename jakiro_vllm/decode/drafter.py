@@ -41,19 +41,32 @@ class HeadCache(Protocol):
 
 @dataclass(frozen=True)
 class RoundInput:
-    """What a draft starts from.
+    """What the head reads of a step.
 
     Attributes:
         features: ``[T, C]`` the target's last hidden states at the committed rows.
         next_tokens: ``[T] int64`` the token after each row.
         positions: ``[T] int64`` of the rows.
-        last: ``[B] int64`` index of each request's last row.
     """
 
     features: Tensor
     next_tokens: Tensor
     positions: Tensor
-    last: Tensor
+
+
+@dataclass(frozen=True)
+class Roots:
+    """What trees grow from: each request's last committed row, as the head sees it.
+
+    Attributes:
+        x: ``[B, C]`` from ``TreeDrafter.observe``.
+        tokens: ``[B] int64`` the roots: the tokens after the rows.
+        positions: ``[B] int64`` of the rows.
+    """
+
+    x: Tensor
+    tokens: Tensor
+    positions: Tensor
 
 
 class TreeDrafter:
@@ -96,16 +109,28 @@ class TreeDrafter:
         cache.write(*self.head.keys_values(x, rows.positions))
         return x
 
-    def draft(self, rows: RoundInput, cache: HeadCache) -> TreeBatch:
-        """Grows the next trees; the root of each is the token after its request's last committed row."""
-        batch, device = rows.last.shape[0], rows.features.device
-        scratch = Scratch(self.head, batch, (self.num_forwards - 1) * self.config.top_k, rows.features)
+    def draft(self, rows: RoundInput, last: Tensor, cache: HeadCache) -> TreeBatch:
+        """Observes a step and grows the next trees.
+
+        Args:
+            rows: the committed rows of all requests.
+            last: ``[B] int64`` index of the last row of each request that drafts.
+            cache: of the requests that draft; written for all.
+        """
+        x = self.observe(rows, cache)
+        return self.grow(Roots(x[last], rows.next_tokens[last], rows.positions[last]), cache)
+
+    def grow(self, roots: Roots, cache: HeadCache) -> TreeBatch:
+        """Grows one tree per root: launches only, nothing whose shape or course depends on a value."""
+        batch, device = roots.x.shape[0], roots.x.device
+        scratch = Scratch(self.head, batch, (self.num_forwards - 1) * self.config.top_k, roots.x)
         output = self.head.finish(
-            self.observe(rows, cache)[rows.last],
-            rows.positions[rows.last],
+            roots.x,
+            roots.positions,
             lambda q: cache.attend(q.unsqueeze(1), scratch.keys, scratch.values, 0, scratch.words).squeeze(1),
+            contrastive=self._two_levels(0),
         )
-        first_position = rows.positions[rows.last] + 1  # of a level-1 node's input
+        first_position = roots.positions + 1  # of a level-1 node's input
         levels: list[Level] = []
         beam = root_beam(batch, device)
         width = self.config.top_k
@@ -117,18 +142,29 @@ class TreeDrafter:
             levels.append(expand(beam, tokens, log_probs, _num_candidates(levels)))
             chosen = levels[-1].best(width)
             if forward == self.num_forwards - 1:
-                if self.two_levels_last:
+                if self._two_levels(forward):
                     levels.append(self._last_level(output, chosen, per_node, _num_candidates(levels)))
                 break
             origin = chosen.origins + parents * torch.arange(batch, device=device).unsqueeze(1)
             source = found.sources[origin, chosen.choices]
             features = found.features[origin, source].flatten(0, 1)  # [B * K, C]
-            output = self._expand_beam(chosen, features, first_position + forward, scratch, cache)
+            contrastive = self._two_levels(forward + 1)
+            output = self._expand_beam(chosen, features, first_position + forward, scratch, cache, contrastive)
             beam = chosen
-        return rerank(levels, rows.next_tokens[rows.last], self.config.node_budget)
+        return rerank(levels, roots.tokens, self.config.node_budget)
+
+    def _two_levels(self, forward: int) -> bool:
+        """Whether the contrastive output of this forward gives the last level."""
+        return self.two_levels_last and forward == self.num_forwards - 1
 
     def _expand_beam(
-        self, beam: Beam, features: Tensor, positions: Tensor, scratch: Scratch, cache: HeadCache
+        self,
+        beam: Beam,
+        features: Tensor,
+        positions: Tensor,
+        scratch: Scratch,
+        cache: HeadCache,
+        contrastive: bool,
     ) -> HeadOutput:
         """Runs the head on the beam's nodes; their KV goes to scratch."""
         batch, width = beam.tokens.shape
@@ -141,6 +177,7 @@ class TreeDrafter:
             lambda q: cache.attend(
                 q.unflatten(0, (batch, width)), scratch.keys, scratch.values, scratch.used, words
             ).flatten(0, 1),
+            contrastive=contrastive,
         )
 
     def _last_level(self, output: HeadOutput, beam: Beam, per_node: tuple[int, int], first_id: int) -> Level:

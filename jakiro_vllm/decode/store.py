@@ -10,21 +10,25 @@ from collections.abc import Sequence
 
 import torch
 
+from jakiro_vllm.transfer import upload
 from jakiro_vllm.tree.batch import TreeBatch, chains
 
 
 class TreeStore:
     """One tree per request, in device tensors that grow with the number of live requests."""
 
-    def __init__(self, num_nodes: int, device: torch.device | str) -> None:
+    def __init__(self, num_nodes: int, device: torch.device | str, uniform: bool = False) -> None:
         """Reserves nothing yet.
 
         Args:
             num_nodes: columns, root included.
             device: of the tensors.
+            uniform: fill every request's draft tokens up to ``num_nodes - 1`` with -1, which is never
+                accepted, so that all requests verify the same number of rows.
         """
         self.num_nodes = num_nodes
         self.device = device
+        self.uniform = uniform
         self._slots: dict[str, int] = {}
         self._tokens: dict[str, list[int]] = {}
         self._free: list[int] = []
@@ -44,9 +48,12 @@ class TreeStore:
         Returns:
             Per request its draft tokens in node order, as the scheduler wants them.
         """
-        counts = trees.num_nodes.tolist()
-        rows = [row[1:count] for row, count in zip(trees.tokens.tolist(), counts, strict=True)]
-        slots = torch.tensor([self._slot(name) for name in request_ids], dtype=torch.int64, device=self.device)
+        # The only values that the host needs of a draft, in one copy.
+        known = torch.cat([trees.num_nodes.unsqueeze(1), trees.tokens], dim=1).tolist()
+        rows = [row[2 : row[0] + 1] for row in known]
+        if self.uniform:
+            rows = [row + [-1] * (self.num_nodes - 1 - len(row)) for row in rows]
+        slots = upload([self._slot(name) for name in request_ids], self.device)
         for name, row in zip(request_ids, rows, strict=True):
             self._tokens[name] = row
         for mine, new in zip(_tensors(self._trees), _tensors(trees), strict=True):
@@ -81,18 +88,17 @@ class TreeStore:
                 slots.append(-1)
                 if tokens:
                     strangers.append(row)
-        num_nodes = torch.tensor(counts, dtype=torch.int64, device=self.device)
-        index = torch.tensor(slots, dtype=torch.int64, device=self.device)
+        index, num_nodes = upload(torch.tensor([slots, counts], dtype=torch.int64), self.device)
         # Slot 0 always exists; a request without a tree borrows it and keeps only the root.
         self._reserve(1)
         trees = self._trees.select(index.clamp(min=0))
         if strangers:
-            drafts = torch.full((len(strangers), self.num_nodes), -1, dtype=torch.int64, device=self.device)
+            drafts = torch.full((len(strangers), self.num_nodes), -1, dtype=torch.int64)
             for i, row in enumerate(strangers):
-                count = len(scheduled[row])
-                drafts[i, 1 : count + 1] = torch.tensor(scheduled[row], dtype=torch.int64, device=self.device)
-            rows = torch.tensor(strangers, dtype=torch.int64, device=self.device)
-            for mine, new in zip(_tensors(trees), _tensors(chains(drafts, num_nodes[rows])), strict=True):
+                drafts[i, 1 : len(scheduled[row]) + 1] = torch.tensor(scheduled[row], dtype=torch.int64)
+            rows = upload(strangers, self.device)
+            as_chains = chains(upload(drafts, self.device), num_nodes[rows])
+            for mine, new in zip(_tensors(trees), _tensors(as_chains), strict=True):
                 mine[rows] = new
         return TreeBatch(trees.tokens, trees.parents, trees.depths, trees.ancestors, num_nodes)
 

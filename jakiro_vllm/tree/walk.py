@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from jakiro_vllm.kernels.walk import walk_samples
 from jakiro_vllm.tree.batch import TreeBatch
 
 #: ``sample(step, nodes [B] int64, active [B] bool) -> tokens [B] int64``: the target's token after ``nodes``,
@@ -63,3 +64,15 @@ def walk(trees: TreeBatch, sample: Sample, max_depth: int) -> Accepted:
         tokens=emitted,
         num_accepted=(emitted >= 0).sum(dim=1) - 1,
     )
+
+
+def walk_sampled(trees: TreeBatch, sampled: Tensor, max_depth: int) -> Accepted:
+    """Accepts the path that the target's samples follow, where every node has been sampled already.
+
+    Args:
+        trees: the trees that were verified.
+        sampled: ``[B, N] int64`` the target's token after each node.
+        max_depth: upper bound of the depths.
+    """
+    path, tokens, num_accepted = walk_samples(trees.tokens, trees.parents, trees.num_nodes, sampled, max_depth)
+    return Accepted(path, tokens, num_accepted)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from reference_tree import path_to, random_parents
 
-from jakiro_vllm.cache.commit import committed_rows
+from jakiro_vllm.cache.commit import committed_rows, moved_rows
 from jakiro_vllm.tree.walk import Accepted
 
 
@@ -26,22 +26,26 @@ def check(prefixes: list[int], sizes: list[int], paths: list[list[int]]) -> None
     for prefix, size in zip(prefixes, sizes, strict=True):
         starts.append(row)
         row += prefix + size
-    sources, destinations, requests, last, counts = [], [], [], [], []
+    sources, destinations, requests, offsets, last = [], [], [], [], []
+    moved: list[tuple[int, int]] = []
     for i, (start, prefix, path) in enumerate(zip(starts, prefixes, paths, strict=True)):
-        rows = [start + j for j in range(prefix)] + [start + prefix + node for node in path]
+        tree = [start + prefix + node for node in path]
+        rows = [start + j for j in range(prefix)] + tree
+        moved += [(s, start + prefix + j) for j, s in enumerate(tree) if s != start + prefix + j]
         sources += rows
         destinations += range(start, start + len(rows))
         requests += [i] * len(rows)
-        counts.append(len(rows))
+        offsets += range(len(rows))
         last.append(len(sources) - 1)
-    found = committed_rows(torch.tensor(starts), torch.tensor(prefixes), accepted_of(paths))
+    accepted = accepted_of(paths)
+    found = committed_rows(torch.tensor(starts), torch.tensor(prefixes), accepted.num_accepted, accepted.path)
     assert found.sources.tolist() == sources
     assert found.destinations.tolist() == destinations
     assert found.requests.tolist() == requests
+    assert found.offsets.tolist() == offsets
     assert found.last.tolist() == last
-    assert found.counts.tolist() == counts
-    moved = [(s, d) for s, d in zip(sources, destinations, strict=True) if s != d]
-    assert list(zip(*(t.tolist() for t in found.moves()), strict=True)) == moved
+    trees = torch.tensor(starts) + torch.tensor(prefixes)
+    assert list(zip(*(t.tolist() for t in moved_rows(trees, accepted)), strict=True)) == moved
     # Never into a row that still has to be read: slots are left of what lands in them.
     assert all(destination < source for source, destination in moved)
 
@@ -72,6 +76,5 @@ def test_random_steps(rng: random.Random) -> None:
 
 
 def test_only_rows_out_of_place_move() -> None:
-    found = committed_rows(torch.tensor([0, 5]), torch.tensor([0, 2]), accepted_of([[0, 1, 4], [0]]))
-    sources, destinations = found.moves()
+    sources, destinations = moved_rows(torch.tensor([0, 7]), accepted_of([[0, 1, 4], [0]]))
     assert (sources.tolist(), destinations.tolist()) == ([4], [2])

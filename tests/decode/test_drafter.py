@@ -113,13 +113,11 @@ def draft_once(case: Case, folder: Path, seed: int) -> Result:
             features=torch.stack([row.feature for row in rows]),
             next_tokens=torch.tensor([row.next_token for row in rows]),
             positions=torch.tensor([row.position for row in rows]),
-            last=torch.tensor([max(t for t, r in enumerate(requests) if r == request) for request in drafting])
-            if is_last
-            else torch.zeros(0, dtype=torch.int64),
         )
         cache.begin(requests, drafting)
         if is_last:
-            trees = drafter.draft(inputs, cache)
+            last = torch.tensor([max(t for t, r in enumerate(requests) if r == request) for request in drafting])
+            trees = drafter.draft(inputs, last, cache)
         else:
             drafter.observe(inputs, cache)
             assert cache.attends == 0, "committed rows need keys and values only"
@@ -225,9 +223,7 @@ def test_keys_and_values_of_all_committed_rows_are_written(tmp_path: Path) -> No
     drafter = TreeDrafter(head, tree(4, 2, 2), torch.nn.Embedding(VOCAB, HIDDEN), torch.nn.Linear(HIDDEN, VOCAB))
     cache = DenseHeadCache()
     cache.begin([0, 0, 0, 1, 1], [])
-    x = drafter.observe(
-        RoundInput(torch.randn(5, HIDDEN), torch.arange(5), torch.tensor([0, 1, 2, 0, 1]), torch.zeros(0)), cache
-    )
+    x = drafter.observe(RoundInput(torch.randn(5, HIDDEN), torch.arange(5), torch.tensor([0, 1, 2, 0, 1])), cache)
     assert x.shape == (5, HIDDEN)
     assert {request: len(keys) for request, keys in cache.keys.items()} == {0: 3, 1: 2}
 
