@@ -13,6 +13,7 @@ DEMO_ARGS ?=
 BENCH_ARGS ?=
 PAIR_ARGS ?=
 LOCK_ARGS ?=
+CONTRACT_ARGS ?=
 
 BIN := $(VENV)/bin
 LOCK := requirements/$(DEVICE).txt
@@ -24,7 +25,7 @@ export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format lock pair bench clean
+.PHONY: help setup demo test lint format lock pair bench contract clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +53,9 @@ pair: setup ## Train the embedded model pair anew, in build/pair
 bench: setup ## Measure acceptance length on held-out prompts, into build/acceptance.csv
 	mkdir -p build
 	$(BIN)/python benchmarks/acceptance.py --output build/acceptance.csv $(BENCH_ARGS)
+
+contract: setup ## Record what vLLM has of what we rely on; CONTRACT_ARGS="FOLDER VERSION" for an unpacked wheel
+	$(BIN)/python packaging/record_contract.py $(CONTRACT_ARGS)
 
 clean: ## Remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info packaging/vllm/build packaging/vllm/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -85,6 +85,19 @@ class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
 class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
     """One layer's attention."""
 
+    @property
+    def window(self) -> int:
+        """Sliding window in positions, not positive for none."""
+        return self.sliding_window
+
+    def page_refusal(self, layer: Any, dtype: torch.dtype) -> str | None:
+        """Why the layer's pages cannot hold trees, or None."""
+        if layer.isa not in PAGE_LAYOUTS:
+            return f"keeps its KV in layout {layer.isa!r}; known: {', '.join(PAGE_LAYOUTS)}"
+        if layer.kv_cache.dtype != dtype:
+            return f"keeps its KV as {layer.kv_cache.dtype}, the model computes in {dtype}"
+        return None
+
     def paged_cache(self, layer: Any, kv_cache: Tensor, keep: bool = False) -> PagedCache:
         """The layer's pages as the tree kernel reads them; ``keep`` for several calls on the same context.
 
@@ -124,7 +137,7 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
                 self.scale,
                 output,
                 softcap=self.logits_soft_cap,
-                window=self.sliding_window,
+                window=self.window,
             )
         return output
 

@@ -5,17 +5,13 @@ from __future__ import annotations
 from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker import cpu_worker
-from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from jakiro_vllm.errors import JakiroConfigError
+from jakiro_vllm.integration.contract import check_installed
 from jakiro_vllm.integration.cpu_attention import TreeCPUAttentionBackend
-from jakiro_vllm.integration.runner import JakiroRunnerMixin
+from jakiro_vllm.integration.cpu_runner import JakiroCPUModelRunner
 from jakiro_vllm.integration.version import check_vllm_version
-
-
-class JakiroCPUModelRunner(JakiroRunnerMixin, CPUModelRunner):
-    """vLLM's CPU runner V1 with trees."""
 
 
 class JakiroCPUWorker(CPUWorker):
@@ -28,6 +24,7 @@ class JakiroCPUWorker(CPUWorker):
             JakiroConfigError: if vLLM chose its runner V2, or another version is installed.
         """
         check_vllm_version()
+        check_installed("cpu")
         if self.use_v2_model_runner:
             raise JakiroConfigError("method 'jakiro' needs vLLM's model runner V1; unset VLLM_USE_V2_MODEL_RUNNER")
         backend = f"{TreeCPUAttentionBackend.__module__}.{TreeCPUAttentionBackend.__qualname__}"

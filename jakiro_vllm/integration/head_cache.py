@@ -1,4 +1,4 @@
-"""The head's KV in vLLM's pages."""
+"""The head's KV in vLLM's pages, as ``decode.drafter.HeadCache`` wants it, for each platform."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jakiro_vllm.integration.cpu_attention import TreeCPUAttentionImpl
+from jakiro_vllm.kernels.batch_attention import BatchRows, Scratch
 from jakiro_vllm.kernels.tree_attention import TreeJobs, tree_attention
 
 
-class PagedHeadCache:
-    """One round's view of the pages; see ``decode.drafter.HeadCache``."""
+class CPUHeadCache:
+    """One round's view of the pages on the CPU."""
 
     def __init__(self, layer: Any, block_tables: Tensor, context_lens: Tensor, slots: Tensor) -> None:
         """Binds the head's attention layer to a round.
@@ -23,7 +23,6 @@ class PagedHeadCache:
             context_lens: ``[B] int64`` their committed tokens, this round's included.
             slots: ``[T] int64`` where this round's committed rows of all requests belong.
         """
-        assert isinstance(layer.impl, TreeCPUAttentionImpl)
         self.layer = layer
         self.block_tables = block_tables
         self.context_lens = context_lens
@@ -64,6 +63,66 @@ class PagedHeadCache:
             torch.full((batch * rows,), num_scratch // rows - 1),
             self.layer.impl.scale,
             out,
-            window=self.layer.impl.sliding_window,
+            window=self.layer.impl.window,
         )
         return out.unflatten(0, (batch, rows))
+
+
+class GPUHeadCache:
+    """One round's view of the pages on a GPU: launches only, so that a draft can be captured as a graph."""
+
+    def __init__(self, layer: Any, block_tables: Tensor, context_lens: Tensor, slots: Tensor | None = None) -> None:
+        """Binds the head's attention layer to a round.
+
+        Args:
+            layer: vLLM's attention layer that owns the pages.
+            block_tables: ``[B, M] int32`` of the requests that draft.
+            context_lens: ``[B] int32`` their committed tokens, this round's included.
+            slots: ``[T] int64`` where this round's committed rows of all requests belong; only for writing.
+        """
+        self.layer = layer
+        self.block_tables = block_tables
+        self.context_lens = context_lens
+        self.slots = slots
+
+    def write(self, keys: Tensor, values: Tensor) -> None:
+        """Stores ``[T, G, D]`` keys and values."""
+        assert self.slots is not None
+        self.layer.impl.write_rows(self.layer, keys, values, self.slots)
+
+    def attend(
+        self, query: Tensor, scratch_keys: Tensor, scratch_values: Tensor, num_scratch: int, ancestors: Tensor
+    ) -> Tensor:
+        """Attends to pages and scratch; the rows of a call are the last level in scratch."""
+        batch, rows = query.shape[:2]
+        flat = query.flatten(0, 1)
+        out = torch.empty_like(flat)
+        self.layer.impl.attend(
+            self.layer,
+            flat,
+            self.layer.kv_cache,
+            BatchRows(
+                block_tables=self.block_tables,
+                row_starts=torch.arange(0, (batch + 1) * rows, rows, dtype=torch.int32, device=flat.device),
+                context_lens=self.context_lens,
+                ancestors=ancestors.flatten(),
+                depths=torch.full((batch * rows,), num_scratch // rows - 1, device=flat.device),
+                max_rows=rows,
+            ),
+            out,
+            Scratch(scratch_keys, scratch_values, num_scratch),
+        )
+        return out.unflatten(0, (batch, rows))
+
+
+class NoPages:
+    """Stands in for the head's pages before there are any: remembers nothing, attends to nothing."""
+
+    def write(self, keys: Tensor, values: Tensor) -> None:
+        """Drops them."""
+
+    def attend(
+        self, query: Tensor, scratch_keys: Tensor, scratch_values: Tensor, num_scratch: int, ancestors: Tensor
+    ) -> Tensor:
+        """Zeros."""
+        return torch.zeros_like(query)

@@ -54,7 +54,8 @@ class JakiroProposer:
         head = load_head(self.folder, dtype).to(device)
         head.prepare_positions(config.model_config.max_model_len + MAX_DEPTH + 1)
         spec = head.spec
-        with set_current_vllm_config(config), set_default_torch_dtype(dtype):
+        # vLLM builds the target's layers under its device, where their scales must lie too.
+        with set_current_vllm_config(config), set_default_torch_dtype(dtype), device:
             # Owns the pages: with the target's KV shape it joins the target's KV group, and so shares its
             # block table, its prefix cache and its eviction.
             self.attention = Attention(

@@ -1,91 +1,126 @@
 """The model runner's mixin: a thin adapter between vLLM's runner V1 and one round of tree decoding.
 
 A step: rows of trees get the position of their depth, the attention metadata gets the trees, the target
-runs, the walk samples along the tree with vLLM's own sampler, accepted rows are compacted, and the head
-grows the next trees from the committed rows.
+runs, the walk follows the target's own samples, accepted rows are compacted, and the head grows the next trees
+from the committed rows. What depends on the platform is in ``cpu_runner`` and ``gpu_runner``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.metadata import SamplingMetadata
 
 from jakiro_vllm.cache.commit import CommittedRows, committed_rows
-from jakiro_vllm.decode.drafter import RoundInput
+from jakiro_vllm.decode.drafter import HeadCache, Roots, RoundInput
 from jakiro_vllm.decode.store import TreeStore
-from jakiro_vllm.integration.cpu_attention import TreeRows, make_tree_jobs
-from jakiro_vllm.integration.head_cache import PagedHeadCache
 from jakiro_vllm.integration.layers import check_layers
 from jakiro_vllm.integration.proposer import HEAD_LAYER, JakiroProposer
-from jakiro_vllm.tree.batch import TreeBatch
-from jakiro_vllm.tree.walk import walk
+from jakiro_vllm.transfer import upload
+from jakiro_vllm.tree.batch import TreeBatch, row_topology
+from jakiro_vllm.tree.walk import Accepted, walk
 
 
 @dataclass
 class Step:
-    """One scheduler step, between its stages. B requests in batch order.
+    """One scheduler step, between its stages. B requests in batch order, T rows.
+
+    What the host knows stays on the host, and what depends on a sampled token stays on the device.
 
     Attributes:
-        trees: what is verified; requests without drafts have the root only.
-        tree_requests: ``[J] int64`` requests whose rows are a tree.
-        base: ``[B] int64`` computed tokens before the step.
-        row_starts: ``[B] int64``.
-        row_counts: ``[B] int64``.
-        prefix_lens: ``[B] int64`` rows before the root.
-        logit_starts: ``[B] int64`` logits row of the root.
+        trees: on the device: what is verified; requests without drafts have the root only.
+        base: ``[B] int64`` on the host: computed tokens before the step.
+        row_starts: ``[B] int64`` on the host.
+        row_counts: ``[B] int64`` on the host.
+        prefix_lens: ``[B] int64`` on the host: rows before the root.
+        has_tree: ``[B] bool`` on the host: whether all rows of the request are a tree.
+        tree_starts: ``[B] int64`` on the device: the root's row.
+        logit_starts: ``[B] int64`` on the device: the root's row among the logits.
+        ancestors: ``[T] int64`` on the device: ancestor words, 0 for rows that are in no tree; None without trees.
+        depths: ``[T] int64`` on the device: positions after the request's context; None without trees.
         metadata: per layer, once built.
-        committed: once verified.
+        accepted: on the device, once verified.
     """
 
     trees: TreeBatch
-    tree_requests: Tensor
     base: Tensor
     row_starts: Tensor
     row_counts: Tensor
     prefix_lens: Tensor
+    has_tree: Tensor
+    tree_starts: Tensor
     logit_starts: Tensor
+    ancestors: Tensor | None = None
+    depths: Tensor | None = None
     metadata: dict[str, Any] | None = None
-    committed: CommittedRows | None = None
-
-    @cached_property
-    def tree_row_index(self) -> tuple[Tensor, Tensor, Tensor]:
-        """``(rows [N], requests [N], nodes [N])`` of all tree rows."""
-        counts = self.row_counts[self.tree_requests]
-        job = torch.repeat_interleave(counts)
-        nodes = torch.arange(job.shape[0]) - (counts.cumsum(0) - counts)[job]
-        requests = self.tree_requests[job]
-        return self.row_starts[requests] + nodes, requests, nodes
+    accepted: Accepted | None = None
 
 
 class JakiroRunnerMixin:
     """Adds trees to a runner V1; comes before the runner class among the bases."""
 
     drafter: JakiroProposer
+    device: torch.device
     input_batch: Any
     requests: dict[str, Any]
+    #: The platform's attention backend.
+    tree_backend: type[AttentionBackend]
+    #: Whether every request gets the same number of draft tokens, padded with -1.
+    uniform_drafts = False
     _step: Step | None = None
     _store: TreeStore | None = None
+
+    # What a platform brings
+
+    @abstractmethod
+    def _attach_trees(self, step: Step | None, per_layer: dict[str, Any]) -> None:
+        """Hands the step's trees to every layer's metadata; ``step`` is None in dummy runs."""
+
+    @abstractmethod
+    def _compact(self, step: Step) -> None:
+        """Moves the accepted rows' KV into the slots of their positions, in every layer of the target."""
+
+    @abstractmethod
+    def _head_cache(self, metadata: Any, requests: Tensor, context_lens: Tensor, slots: Tensor) -> HeadCache:
+        """The head's pages; see ``head_cache``.
+
+        Args:
+            metadata: of the head's attention layer.
+            requests: ``[J] int64`` on the device: those that draft.
+            context_lens: ``[J] int64`` on the device: their committed tokens, this step's included.
+            slots: ``[T] int64`` on the device: where the committed rows of all requests belong.
+        """
+
+    def _verify(self, step: Step, logits: Tensor) -> tuple[Accepted, LogprobsTensors | None]:
+        """Walks every tree along the target's samples."""
+        return self._walk_by_levels(step, logits)
+
+    def _grow(self, roots: Roots, cache: HeadCache) -> TreeBatch:
+        """Grows the next trees."""
+        return self.drafter.drafter.grow(roots, cache)
+
+    # Set-up
 
     @property
     def tree_store(self) -> TreeStore:
         """Trees that wait for their verification."""
         if self._store is None:
-            self._store = TreeStore(self.drafter.tree_config.num_nodes, self.device)  # type: ignore[attr-defined]
+            self._store = TreeStore(self.drafter.tree_config.num_nodes, self.device, self.uniform_drafts)
         return self._store
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         """As vLLM's; then every layer is checked, and budgets are told that logits have one row per request."""
         super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
-        check_layers(self.vllm_config, self.drafter.tree_config.depth)  # type: ignore[attr-defined]
+        check_layers(self.vllm_config, self.drafter.tree_config.depth, self.tree_backend)  # type: ignore[attr-defined]
         holder = self.input_batch.thinking_budget_state_holder
         if holder is not None:
             holder.in_spec_mode = False
@@ -95,58 +130,50 @@ class JakiroRunnerMixin:
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
         """Moves tree rows to the positions of their depths; slots stay where vLLM computed them."""
         result = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)  # type: ignore[misc]
+        total = scheduler_output.total_num_scheduled_tokens
         # Placeholder drafts (-1) that pad a request are computed like any token and never accepted.
-        self.input_ids.gpu[: scheduler_output.total_num_scheduled_tokens].clamp_(min=0)  # type: ignore[attr-defined]
+        self.input_ids.gpu[:total].clamp_(min=0)  # type: ignore[attr-defined]
         self._step = step = self._plan_step(scheduler_output, num_scheduled_tokens)
-        if step.tree_requests.numel():
-            rows, requests, nodes = step.tree_row_index
-            self.positions[rows] = step.base[requests] + step.trees.depths[requests, nodes]  # type: ignore[attr-defined]
+        if step.has_tree.any():
+            requests = self.req_indices.gpu[:total]  # type: ignore[attr-defined]
+            offsets = self.query_pos.gpu[:total]  # type: ignore[attr-defined]
+            step.ancestors, step.depths = row_topology(step.trees, requests, offsets)
+            base = self.num_computed_tokens[requests]  # type: ignore[attr-defined]
+            torch.add(step.depths, base, out=self.positions[:total])  # type: ignore[attr-defined]
         return result
 
     def _plan_step(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Step:
         names = self.input_batch.req_ids
         drafts = scheduler_output.scheduled_spec_decode_tokens
-        scheduled = [drafts.get(name, ()) for name in names]
+        scheduled: list[Sequence[int]] = [drafts.get(name, ()) for name in names]
         row_counts = torch.from_numpy(num_scheduled_tokens.astype(np.int64))
         nodes = torch.tensor([len(tokens) + 1 for tokens in scheduled], dtype=torch.int64)
         prefix_lens = row_counts - nodes
-        trees = self.tree_store.gather(names, scheduled)
         # A tree hangs under a request's last token; behind other tokens its drafts would not be a tree of
         # the rows, so they are computed as a chain and rejected.
-        trees = trees.truncate(torch.where(prefix_lens == 0, nodes, 1))
+        for i in (prefix_lens > 0).nonzero().flatten().tolist():
+            scheduled[i] = ()
+        row_starts = row_counts.cumsum(0) - row_counts
+        starts = torch.stack([row_starts + prefix_lens, nodes.cumsum(0) - nodes])
+        tree_starts, logit_starts = upload(starts, self.device)
         return Step(
-            trees=trees,
-            tree_requests=((nodes > 1) & (prefix_lens == 0)).nonzero().squeeze(1),
+            trees=self.tree_store.gather(names, scheduled),
             base=torch.from_numpy(self.input_batch.num_computed_tokens_cpu[: len(names)].astype(np.int64)),
-            row_starts=row_counts.cumsum(0) - row_counts,
+            row_starts=row_starts,
             row_counts=row_counts,
             prefix_lens=prefix_lens,
-            logit_starts=nodes.cumsum(0) - nodes,
+            has_tree=(nodes > 1) & (prefix_lens == 0),
+            tree_starts=tree_starts,
+            logit_starts=logit_starts,
         )
 
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
         """Attaches the step's trees to every layer's metadata."""
         per_layer, common = super()._build_attention_metadata(*args, **kwargs)  # type: ignore[misc]
-        step = self._step
-        if step is not None:
-            step.metadata = per_layer
-            if step.tree_requests.numel():
-                self._attach_trees(step, per_layer)
+        if self._step is not None:
+            self._step.metadata = per_layer
+        self._attach_trees(self._step, per_layer)
         return per_layer, common
-
-    def _attach_trees(self, step: Step, per_layer: dict[str, Any]) -> None:
-        rows, requests, nodes = step.tree_row_index
-        ancestors = torch.zeros(int(step.row_counts.sum()), dtype=torch.int64)
-        depths = torch.zeros_like(ancestors)
-        ancestors[rows] = step.trees.ancestors[requests, nodes]
-        depths[rows] = step.trees.depths[requests, nodes]
-        only_trees = step.tree_requests.numel() == step.row_counts.numel()
-        chosen = step.tree_requests
-        for metadata in {id(m): m for m in per_layer.values()}.values():
-            jobs = make_tree_jobs(
-                metadata.block_table, chosen, step.base[chosen], step.row_starts[chosen], step.row_counts[chosen]
-            )
-            metadata.trees = TreeRows(jobs, rows, ancestors, depths, only_trees)
 
     # Verification
 
@@ -154,6 +181,16 @@ class JakiroRunnerMixin:
         """Walks every tree along the target's samples, then compacts the KV cache."""
         step = self._step
         assert step is not None
+        step.accepted, logprobs = self._verify(step, logits)
+        self._compact(step)
+        return SamplerOutput(sampled_token_ids=step.accepted.tokens.to(torch.int32), logprobs_tensors=logprobs)
+
+    def _levels(self, step: Step) -> int:
+        """Upper bound of the depths in a step."""
+        return self.drafter.tree_config.depth if step.has_tree.any() else 0
+
+    def _walk_by_levels(self, step: Step, logits: Tensor) -> tuple[Accepted, LogprobsTensors | None]:
+        """Samples one token per request and level, each as plain decoding would have it there."""
         metadata = self.input_batch.sampling_metadata
         steps: list[SamplerOutput] = []
 
@@ -166,13 +203,8 @@ class JakiroRunnerMixin:
             steps.append(output)
             return output.sampled_token_ids.squeeze(1).long()
 
-        accepted = walk(step.trees, sample, self.drafter.tree_config.depth)
-        step.committed = committed_rows(step.row_starts, step.prefix_lens, accepted)
-        self._compact(step)
-        return SamplerOutput(
-            sampled_token_ids=accepted.tokens.to(torch.int32),
-            logprobs_tensors=_join_logprobs([s.logprobs_tensors for s in steps]),
-        )
+        accepted = walk(step.trees, sample, self._levels(step))
+        return accepted, _join_logprobs([s.logprobs_tensors for s in steps])
 
     def _metadata_at(self, metadata: SamplingMetadata, emitted: list[Tensor], active: Tensor) -> SamplingMetadata:
         """Sampling metadata for the next token of the walk, as plain decoding would have it there.
@@ -197,18 +229,6 @@ class JakiroRunnerMixin:
             thinking_budget_state_holder=None,  # a request with a budget has no drafts
         )
 
-    def _compact(self, step: Step) -> None:
-        """Moves the accepted rows' KV into the slots of their positions, in every layer of the target."""
-        assert step.committed is not None and step.metadata is not None
-        sources, destinations = step.committed.moves()
-        if not sources.numel():
-            return
-        layers = self.compilation_config.static_forward_context  # type: ignore[attr-defined]
-        for name, metadata in step.metadata.items():
-            if metadata.trees is not None and name in metadata.trees.kept:
-                layer = layers[name]
-                layer.impl.move_rows(layer, metadata.trees, sources, metadata.slot_mapping[destinations])
-
     # Drafting
 
     def propose_draft_token_ids(
@@ -222,31 +242,33 @@ class JakiroRunnerMixin:
     ) -> list[list[int]]:
         """Feeds the committed rows to the head and grows the next trees."""
         step, self._step = self._step, None
-        assert step is not None and step.committed is not None and step.metadata is not None
-        rows = step.committed
+        assert step is not None and step.metadata is not None
         names = self.input_batch.req_ids
-        positions = step.base[rows.requests] + rows.destinations - step.row_starts[rows.requests]
+        rows = self._committed(step, sampled_token_ids)
+        positions = step.base[rows.requests] + rows.offsets
         next_tokens = self.input_batch.token_ids_cpu_tensor[rows.requests, positions + 1].long()
-        drafting = [i for i, (name, tokens) in enumerate(zip(names, sampled_token_ids, strict=True)) if tokens]
-        drafting = [i for i in drafting if self._may_draft(names[i])]
+        drafting = [i for i, tokens in enumerate(sampled_token_ids) if tokens and self._may_draft(names[i])]
         chosen = torch.tensor(drafting, dtype=torch.int64)
+        next_tokens, positions = upload(torch.stack([next_tokens, positions]), self.device)
+        last = rows.last[chosen]
+        per_tree = torch.stack([chosen, last, step.base[chosen] + rows.offsets[last] + 1])
+        requests, last, context_lens = upload(per_tree, self.device)
         paged = step.metadata[HEAD_LAYER]
-        cache = PagedHeadCache(
-            layer=self.drafter.attention,
-            block_tables=paged.block_table[chosen],
-            context_lens=(step.base + rows.counts)[chosen],
-            slots=paged.slot_mapping[rows.destinations],
-        )
-        inputs = RoundInput(hidden_states[rows.sources], next_tokens, positions, rows.last[chosen])
-        drafts: list[list[int]] = [[] for _ in names]
+        cache = self._head_cache(paged, requests, context_lens, paged.slot_mapping[rows.destinations])
         drafter = self.drafter.drafter
-        if not drafting:
-            drafter.observe(inputs, cache)
-            return drafts
-        trees = drafter.draft(inputs, cache)
-        for i, tokens in zip(drafting, self.tree_store.put([names[i] for i in drafting], trees), strict=True):
-            drafts[i] = tokens
+        x = drafter.observe(RoundInput(hidden_states[rows.sources], next_tokens, positions), cache)
+        drafts: list[list[int]] = [[] for _ in names]
+        if drafting:
+            trees = self._grow(Roots(x[last], next_tokens[last], positions[last]), cache)
+            for i, tokens in zip(drafting, self.tree_store.put([names[i] for i in drafting], trees), strict=True):
+                drafts[i] = tokens
         return drafts
+
+    def _committed(self, step: Step, sampled_token_ids: list[list[int]]) -> CommittedRows:
+        """The rows that stay; a request whose sample was discarded keeps its prompt chunk."""
+        assert step.accepted is not None
+        accepted = torch.tensor([max(len(tokens) - 1, 0) for tokens in sampled_token_ids], dtype=torch.int64)
+        return committed_rows(step.row_starts, step.prefix_lens, accepted, step.accepted.path)
 
     def _may_draft(self, name: str) -> bool:
         """Whether drafts could be verified for this request; otherwise it is served plainly."""

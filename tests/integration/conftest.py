@@ -68,7 +68,7 @@ def run_engines(tmp_path_factory: pytest.TempPathFactory) -> RunEngines:
         request.write_text(json.dumps([{"engine": engine, "phases": phases} for engine, phases in jobs]))
         done = subprocess.run(
             [sys.executable, str(SESSION), str(request), str(response)],
-            env=server_environment(),
+            env={k: v for k, v in server_environment().items() if k != "TRITON_INTERPRET"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

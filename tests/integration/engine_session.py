@@ -23,6 +23,11 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.inputs import TokensPrompt
 from vllm.sampling_params import StructuredOutputsParams
 
+from jakiro_vllm.cache.commit import moved_rows
+
+#: Whether engines sample as they do on CUDA machines, from exponential noise; else as the CPU platform does.
+NATIVE_SAMPLER = False
+
 
 def runner_of(llm: LLM) -> Any:
     """The model runner of an engine that lives in this process."""
@@ -36,11 +41,10 @@ def sabotage(runner: Any, what: str) -> Any:
         original = cls._attach_trees
 
         def see_all(self: Any, step: Any, per_layer: Any) -> None:
-            width = torch.arange(step.trees.width)
-            words = (torch.ones_like(width) << width).cumsum(0).expand_as(step.trees.ancestors)
-            step.trees = type(step.trees)(
-                step.trees.tokens, step.trees.parents, step.trees.depths, words, step.trees.num_nodes
-            )
+            if step is not None and step.ancestors is not None:
+                nodes = self.query_pos.gpu[: step.ancestors.shape[0]]
+                until = (torch.ones_like(nodes) << nodes) * 2 - 1
+                step.ancestors = until.where(step.ancestors != 0, 0)
             original(self, step, per_layer)
 
         cls._attach_trees = see_all
@@ -54,10 +58,9 @@ def sabotage(runner: Any, what: str) -> Any:
 
         def keep_positions(self: Any, scheduler_output: Any, counts: Any) -> Any:
             result = original(self, scheduler_output, counts)
-            step = self._step
-            if step.tree_requests.numel():
-                rows, requests, nodes = step.tree_row_index
-                self.positions[rows] = step.base[requests] + nodes
+            total = scheduler_output.total_num_scheduled_tokens
+            base = self.num_computed_tokens[self.req_indices.gpu[:total]]
+            self.positions[:total] = base + self.query_pos.gpu[:total]
             return result
 
         cls._prepare_inputs = keep_positions
@@ -74,13 +77,12 @@ class Acceptance:
         original, update = runner._compact, runner._update_states
 
         def compact(step: Any) -> None:
-            trees = step.tree_requests
-            counts = step.committed.counts[trees] - 1
+            counts = step.accepted.num_accepted[step.has_tree]
             self.steps += 1
-            self.drafts += trees.numel()
+            self.drafts += counts.numel()
             self.accepted += int(counts.sum())
-            self.moved += int(step.committed.moves()[0].numel())
-            self.mixed += 0 < trees.numel() < step.row_counts.numel()
+            self.moved += int(moved_rows(step.tree_starts, step.accepted)[0].numel())
+            self.mixed += 0 < counts.numel() < step.row_counts.numel()
             for depth in counts.tolist():
                 self.by_depth[depth] = self.by_depth.get(depth, 0) + 1
             original(step)
@@ -195,6 +197,9 @@ def run_phases(engine: dict[str, Any], phases: list[dict[str, Any]]) -> list[dic
     """Builds an engine and answers its phases; the engine is gone afterwards."""
     llm = LLM(**engine)
     runner = runner_of(llm)
+    if NATIVE_SAMPLER:
+        sampler = runner.sampler.topk_topp_sampler
+        sampler.forward = sampler.forward_native
     acceptance = Acceptance(runner) if hasattr(runner, "_compact") else None
     answers = []
     for phase in phases:

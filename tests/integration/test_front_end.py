@@ -53,7 +53,7 @@ def test_flag_selects_the_published_head() -> None:
     config = EngineArgs.from_cli_args(args).create_engine_config()
     assert config.additional_config["jakiro"]["head"] == str(EMBEDDED_HEAD)
     assert config.speculative_config.method == "custom_class"
-    assert config.parallel_config.worker_cls == front_end.CPU_WORKER
+    assert config.parallel_config.worker_cls == front_end.WORKERS["cpu"]
 
 
 def test_flag_and_json_join() -> None:
@@ -75,7 +75,7 @@ def test_flag_and_json_join() -> None:
 def test_other_methods_pass_untouched() -> None:
     config = configure(speculative_config={"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3})
     assert config.speculative_config.method == "ngram"
-    assert config.parallel_config.worker_cls != front_end.CPU_WORKER
+    assert config.parallel_config.worker_cls != front_end.WORKERS["cpu"]
     assert configure().speculative_config is None
 
 
@@ -94,7 +94,7 @@ def test_the_same_arguments_configure_twice() -> None:
         speculative_config={"method": "jakiro", "model": "jakiro"},
     )
     first, second = args.create_engine_config(), args.create_engine_config()
-    assert second.parallel_config.worker_cls == first.parallel_config.worker_cls == front_end.CPU_WORKER
+    assert second.parallel_config.worker_cls == first.parallel_config.worker_cls == front_end.WORKERS["cpu"]
     assert second.speculative_config.model == first.speculative_config.model == front_end.PROPOSER
     assert second.additional_config == first.additional_config
 

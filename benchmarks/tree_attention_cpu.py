@@ -1,6 +1,6 @@
 """Tree attention against vLLM's own CPU operator at the same number of query rows.
 
-    .venv/bin/python benchmarks/kernels/bench_tree_attention.py
+    .venv/bin/python benchmarks/tree_attention_cpu.py
 
 Both sides alternate in one run; the rows give p20, p50 and p80 in microseconds and the ratio of the medians.
 vLLM's operator is causal, so it does another computation of nearly the same size.

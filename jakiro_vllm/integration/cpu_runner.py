@@ -1,0 +1,45 @@
+"""Trees on the CPU runner: work on exactly the rows there are, since a host may look at any value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+from jakiro_vllm.cache.commit import moved_rows
+from jakiro_vllm.integration.cpu_attention import TreeCPUAttentionBackend, TreeRows, make_tree_jobs
+from jakiro_vllm.integration.head_cache import CPUHeadCache
+from jakiro_vllm.integration.runner import JakiroRunnerMixin, Step
+
+
+class JakiroCPUModelRunner(JakiroRunnerMixin, CPUModelRunner):
+    """vLLM's CPU runner V1 with trees."""
+
+    tree_backend = TreeCPUAttentionBackend
+
+    def _attach_trees(self, step: Step | None, per_layer: dict[str, Any]) -> None:
+        if step is None or step.ancestors is None or step.depths is None:
+            return
+        chosen = step.has_tree.nonzero().squeeze(1)
+        rows = step.ancestors.nonzero().squeeze(1)  # a tree row sees at least itself
+        only_trees = bool(step.has_tree.all())
+        for metadata in {id(m): m for m in per_layer.values()}.values():
+            jobs = make_tree_jobs(
+                metadata.block_table, chosen, step.base[chosen], step.row_starts[chosen], step.row_counts[chosen]
+            )
+            metadata.trees = TreeRows(jobs, rows, step.ancestors, step.depths, only_trees)
+
+    def _compact(self, step: Step) -> None:
+        assert step.accepted is not None and step.metadata is not None
+        sources, destinations = moved_rows(step.tree_starts, step.accepted)
+        if not sources.numel():
+            return
+        layers = self.compilation_config.static_forward_context
+        for name, metadata in step.metadata.items():
+            if metadata.trees is not None and name in metadata.trees.kept:
+                layer = layers[name]
+                layer.impl.move_rows(layer, metadata.trees, sources, metadata.slot_mapping[destinations])
+
+    def _head_cache(self, metadata: Any, requests: Tensor, context_lens: Tensor, slots: Tensor) -> CPUHeadCache:
+        return CPUHeadCache(self.drafter.attention, metadata.block_table[requests], context_lens, slots)

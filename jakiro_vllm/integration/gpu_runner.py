@@ -1,0 +1,182 @@
+"""Trees on the GPU runner: shapes and courses that the host knows beforehand, so that it never waits for a value.
+
+The target replays vLLM's CUDA graphs over persistent buffers, and the draft its own. The host waits where vLLM's
+runner V1 does: for the emitted tokens, and for the drafts that the scheduler wants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import CUDAGraphMode
+from vllm.v1.outputs import LogprobsTensors
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from jakiro_vllm.decode.drafter import Roots
+from jakiro_vllm.decode.graphs import BATCH_SIZES, CUDARecorder, DraftGraphs, DraftInput, Recorder
+from jakiro_vllm.integration.gpu_attention import TreeTritonAttentionBackend
+from jakiro_vllm.integration.head_cache import GPUHeadCache, NoPages
+from jakiro_vllm.integration.proposer import HEAD_LAYER
+from jakiro_vllm.integration.runner import JakiroRunnerMixin, Step
+from jakiro_vllm.integration.sampling import Draws, independent_of_path, sample_rows
+from jakiro_vllm.kernels.batch_attention import BatchRows
+from jakiro_vllm.kernels.compaction import LayerPages, compact
+from jakiro_vllm.transfer import upload
+from jakiro_vllm.tree.batch import TreeBatch
+from jakiro_vllm.tree.walk import Accepted, walk_sampled
+
+
+class GPUTreesMixin(JakiroRunnerMixin):
+    """Adds trees to a runner whose KV pages the Triton backend reads."""
+
+    tree_backend = TreeTritonAttentionBackend
+    # Equal row counts let a batch of decoding requests replay a full graph.
+    uniform_drafts = True
+    compilation_config: Any
+    kv_cache_config: Any
+    _graphs: DraftGraphs | None = None
+    _pages: list[tuple[str, LayerPages]] | None = None
+
+    def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
+        """As vLLM's; then the buffers that graphs read are made."""
+        super().initialize_kv_cache(*args, **kwargs)
+        rows = torch.zeros(2, self.max_num_tokens, dtype=torch.int64, device=self.device)  # type: ignore[attr-defined]
+        self._ancestors, self._depths = rows
+        self._pages = None  # of the new cache
+        self._draws: dict[int, Draws] = {}
+
+    # Attention
+
+    def _attach_trees(self, step: Step | None, per_layer: dict[str, Any]) -> None:
+        if step is not None:
+            rows = int(step.row_counts.sum())
+            if step.ancestors is None or step.depths is None:
+                self._ancestors[:rows].zero_()
+                self._depths[:rows].copy_(self.query_pos.gpu[:rows])  # type: ignore[attr-defined]
+            else:
+                self._ancestors[:rows].copy_(step.ancestors)
+                self._depths[:rows].copy_(step.depths)
+        for metadata in {id(m): m for m in per_layer.values()}.values():
+            requests, rows = metadata.query_start_loc.shape[0] - 1, metadata.num_actual_tokens
+            metadata.trees = BatchRows(
+                block_tables=metadata.block_table,
+                row_starts=metadata.query_start_loc,
+                context_lens=self.num_computed_tokens[:requests],  # type: ignore[attr-defined]
+                ancestors=self._ancestors[:rows],
+                depths=self._depths[:rows],
+                max_rows=metadata.max_query_len,
+            )
+
+    def _compact(self, step: Step) -> None:
+        assert step.accepted is not None and step.metadata is not None
+        if not step.has_tree.any():
+            return
+        if self._pages is None:
+            self._pages = list(self._collect_pages())
+        for layer, pages in self._pages:
+            slots = step.metadata[layer].slot_mapping
+            compact(pages, slots, step.tree_starts, step.accepted.path, step.accepted.num_accepted)
+
+    def _collect_pages(self) -> Iterator[tuple[str, LayerPages]]:
+        """Per KV group and element size, the name of one layer and the pages of all; the head writes its own."""
+        layers = self.compilation_config.static_forward_context
+        for group in self.kv_cache_config.kv_cache_groups:
+            by_size: dict[int, list[str]] = {}
+            for name in group.layer_names:
+                if name != HEAD_LAYER:
+                    by_size.setdefault(layers[name].kv_cache.element_size(), []).append(name)
+            for names in by_size.values():
+                yield names[0], LayerPages.of([layers[name].kv_cache for name in names])
+
+    # Verification
+
+    def _verify(self, step: Step, logits: Tensor) -> tuple[Accepted, LogprobsTensors | None]:
+        """Samples every row at once and walks on the device, unless a request's path matters to its next token."""
+        metadata = self.input_batch.sampling_metadata
+        if not independent_of_path(metadata):
+            return self._walk_by_levels(step, logits)
+        levels = self._levels(step)
+        counts = step.row_counts - step.prefix_lens
+        ends = counts.cumsum(0)
+        requests = torch.repeat_interleave(counts)
+        nodes = torch.arange(requests.shape[0]) - (ends - counts)[requests]
+        requests, nodes = upload(torch.stack([requests, nodes]), self.device)
+        discarded = self.discard_request_mask.np  # type: ignore[attr-defined]
+        tokens, self._draws = sample_rows(
+            self.sampler,  # type: ignore[attr-defined]
+            logits,
+            metadata,
+            requests,
+            step.trees.depths[requests, nodes].clamp(max=levels),
+            {i: g for i, g in metadata.generators.items() if not discarded[i]},
+            list(zip((ends - counts).tolist(), ends.tolist(), strict=True)),
+            levels + 1,
+        )
+        columns = torch.arange(step.trees.width, device=self.device)
+        # Beyond a tree's own rows come another's, which the walk never looks at.
+        index = (step.logit_starts.unsqueeze(1) + columns).clamp(max=tokens.shape[0] - 1)
+        return walk_sampled(step.trees, tokens[index], levels), None
+
+    def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM's; then generators are rewound to what their requests emitted."""
+        result = super()._bookkeeping_sync(*args, **kwargs)
+        emitted = result[3]
+        for request, draws in self._draws.items():
+            draws.keep(len(emitted[request]))
+        self._draws = {}
+        return result
+
+    # Drafting
+
+    def _head_cache(self, metadata: Any, requests: Tensor, context_lens: Tensor, slots: Tensor) -> GPUHeadCache:
+        return GPUHeadCache(self.drafter.attention, metadata.block_table[requests], context_lens.int(), slots)
+
+    def _grow(self, roots: Roots, cache: Any) -> TreeBatch:
+        given = DraftInput(roots, cache.block_tables, cache.context_lens)
+        if self._graphs is not None and self._graphs.fits(roots.x.shape[0]):
+            return self._graphs(given)
+        return self._draft(given)
+
+    def _draft(self, given: DraftInput) -> TreeBatch:
+        cache = GPUHeadCache(self.drafter.attention, given.block_tables, given.context_lens)
+        return self.drafter.drafter.grow(given.roots, cache)
+
+    def profile_run(self, *args: Any, **kwargs: Any) -> None:
+        """As vLLM's; then the largest draft, whose memory must not go to the KV cache."""
+        super().profile_run(*args, **kwargs)  # type: ignore[misc]
+        drafter = self.drafter.drafter
+        drafter.grow(self._empty_input(self.max_num_reqs).roots, NoPages())  # type: ignore[attr-defined]
+        self._sync_device()  # type: ignore[attr-defined]
+
+    def capture_model(self) -> int:
+        """As vLLM's; then the draft's graphs."""
+        taken = super().capture_model()  # type: ignore[misc]
+        if self.compilation_config.cudagraph_mode == CUDAGraphMode.NONE:
+            return taken
+        before = torch.accelerator.get_memory_info()[0]
+        self._record_drafts(CUDARecorder())
+        return taken + before - torch.accelerator.get_memory_info()[0]
+
+    @torch.inference_mode()
+    def _record_drafts(self, record: Recorder) -> None:
+        sizes = [size for size in BATCH_SIZES if size <= self.max_num_reqs]  # type: ignore[attr-defined]
+        self._graphs = DraftGraphs(self._draft, self._empty_input(sizes[-1]), sizes, record)
+
+    def _empty_input(self, batch: int) -> DraftInput:
+        head = self.drafter.drafter.head
+        pages = self.input_batch.block_table[self._head_group()].get_device_tensor(1).shape[1]
+        dtype = head.fc.weight.dtype
+        return DraftInput.empty(batch, head.spec.hidden_size, dtype, pages, self.device)
+
+    def _head_group(self) -> int:
+        """Index of the KV group that the head's pages belong to; 0 before there are groups."""
+        config = getattr(self, "kv_cache_config", None)
+        groups = config.kv_cache_groups if config is not None else []
+        return next((i for i, group in enumerate(groups) if HEAD_LAYER in group.layer_names), 0)
+
+
+class JakiroGPUModelRunner(GPUTreesMixin, GPUModelRunner):
+    """vLLM's GPU runner V1 with trees."""

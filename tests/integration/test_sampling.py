@@ -1,0 +1,179 @@
+"""Sampling all nodes at once gives what sampling along the path gives, and leaves the generators where that does."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from reference_tree import make_batch, random_parents
+from vllm.v1.sample.logits_processor import LogitsProcessors
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.sampler import Sampler
+
+from jakiro_vllm.integration.sampling import independent_of_path, sample_rows
+from jakiro_vllm.tree.walk import walk_sampled
+
+VOCAB = 12
+DEPTH = 5
+
+
+@pytest.fixture
+def sampler() -> Sampler:
+    """vLLM's, with the noise of CUDA machines."""
+    sampler = Sampler()
+    sampler.topk_topp_sampler.forward = sampler.topk_topp_sampler.forward_native
+    return sampler
+
+
+def metadata(temperatures: list[float], generators: dict[int, torch.Generator], **changes: Any) -> SamplingMetadata:
+    count = len(temperatures)
+    greedy = [t == 0 for t in temperatures]
+    zeros = torch.zeros(count)
+    values: dict[str, Any] = {
+        "temperature": None if all(greedy) else torch.tensor(temperatures),
+        "all_greedy": all(greedy),
+        "all_random": not any(greedy),
+        "top_p": torch.linspace(0.7, 1.0, count),
+        "top_k": torch.arange(VOCAB - count, VOCAB, dtype=torch.int32),
+        "generators": generators,
+        "max_num_logprobs": None,
+        "no_penalties": True,
+        "prompt_token_ids": None,
+        "frequency_penalties": zeros,
+        "presence_penalties": zeros,
+        "repetition_penalties": zeros,
+        "output_token_ids": [],
+        "allowed_token_ids_mask": None,
+        "bad_words_token_ids": {},
+        "logitsprocs": LogitsProcessors(),
+    }
+    return SamplingMetadata(**values | changes)
+
+
+def logits_after(path: list[int], request: int) -> torch.Tensor:
+    """Any function of the tokens so far: what a target is."""
+    generator = torch.Generator().manual_seed(hash((request, *path)) % 2**31)
+    return torch.randn(VOCAB, generator=generator) * 2
+
+
+def plain(sampler: Sampler, temperature: float, request: int, generator: Any, count: int, shared: Any) -> list[int]:
+    """One token after the other, as plain decoding does."""
+    tokens: list[int] = []
+    for _ in range(count):
+        only = metadata([temperature], {0: generator}, top_p=shared.top_p[request : request + 1])
+        only.top_k = shared.top_k[request : request + 1]
+        output = sampler(logits=logits_after(tokens, request).unsqueeze(0), sampling_metadata=only)
+        tokens.append(int(output.sampled_token_ids))
+    return tokens
+
+
+@pytest.mark.parametrize(
+    "temperatures",
+    [
+        pytest.param([0.0] * 4, id="greedy"),
+        pytest.param([0.9, 1.3, 0.5, 1.0], id="random"),
+        pytest.param([0.0, 1.2, 0.0, 0.7], id="mixed"),
+    ],
+)
+@pytest.mark.parametrize("seed", range(6))
+def test_a_tree_gives_the_tokens_of_plain_decoding(sampler: Sampler, temperatures: list[float], seed: int) -> None:
+    rng = random.Random(seed)
+    shared = metadata(temperatures, {})
+    references = [torch.Generator().manual_seed(100 + i) for i in range(4)]
+    expected = [plain(sampler, t, i, references[i], DEPTH + 1, shared) for i, t in enumerate(temperatures)]
+
+    trees, spans, rows, requests, depths = [], [], [], [], []
+    for request in range(4):
+        parents = random_parents("random", rng.randint(1, 20), rng)
+        tokens, paths = [0], [[]]
+        for parent in parents[1:]:
+            # The right continuation often enough that paths are long.
+            right = expected[request][len(paths[parent])] if len(paths[parent]) < DEPTH else 0
+            wrong = rng.randrange(VOCAB)
+            token = right if rng.random() < 0.7 else wrong
+            tokens.append(token)
+            paths.append([*paths[parent], token])
+        trees.append((parents, tokens))
+        spans.append((len(rows), len(rows) + len(parents)))
+        rows += [logits_after(path, request) for path in paths]
+        requests += [request] * len(parents)
+        depths += [min(len(path), DEPTH) for path in paths]
+    batch = make_batch(trees, width=20)
+    # vLLM gives a greedy request no generator.
+    generators = {i: torch.Generator().manual_seed(100 + i) for i in range(4) if temperatures[i]}
+    found, draws = sample_rows(
+        sampler,
+        torch.stack(rows),
+        metadata(temperatures, dict(generators)),
+        torch.tensor(requests),
+        torch.tensor(depths),
+        generators,
+        spans,
+        DEPTH + 1,
+    )
+    sampled = torch.zeros(4, 20, dtype=torch.int64)
+    for request, (first, end) in enumerate(spans):
+        sampled[request, : end - first] = found[first:end]
+    accepted = walk_sampled(batch, sampled, DEPTH)
+    for request in range(4):
+        count = int(accepted.num_accepted[request]) + 1
+        assert accepted.tokens[request, :count].tolist() == expected[request][:count]
+        if request in draws:
+            draws[request].keep(count)
+            again = torch.Generator().manual_seed(100 + request)
+            plain(sampler, temperatures[request], request, again, count, shared)
+            assert torch.equal(generators[request].get_state(), again.get_state())
+    assert int(accepted.num_accepted.max()) >= 1
+
+
+def test_nodes_of_one_depth_share_a_draw(sampler: Sampler) -> None:
+    """Else a token would depend on how many nodes came before its own."""
+    logits = torch.zeros(VOCAB).expand(6, VOCAB).clone()
+    depths = torch.tensor([0, 1, 1, 2, 1, 2])
+    tokens, _ = sample_rows(
+        sampler,
+        logits,
+        metadata([1.0], {}, top_p=None, top_k=None),
+        torch.zeros(6, dtype=torch.int64),
+        depths,
+        {0: torch.Generator().manual_seed(3)},
+        [(0, 6)],
+        3,
+    )
+    by_depth = [tokens[depths == d].unique().numel() for d in range(3)]
+    assert by_depth == [1, 1, 1]
+    assert tokens.unique().numel() > 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"no_penalties": False},
+        {"bad_words_token_ids": {0: [[1]]}},
+        {"allowed_token_ids_mask": torch.ones(1, VOCAB, dtype=torch.bool)},
+        {"max_num_logprobs": 0},
+        {"logprob_token_ids": {0: [1]}},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_what_depends_on_the_path_is_sampled_by_levels(changes: dict[str, Any]) -> None:
+    assert independent_of_path(metadata([1.0], {}))
+    assert not independent_of_path(metadata([1.0], {}, **changes))
+
+
+def test_a_processor_with_requests_is_not_idle() -> None:
+    class MinTokens:
+        min_toks: dict[int, Any]
+
+        def is_argmax_invariant(self) -> bool:
+            return False
+
+    processor = MinTokens()
+    processor.min_toks = {}
+    assert independent_of_path(metadata([1.0], {}, logitsprocs=LogitsProcessors([processor])))
+    processor.min_toks = {0: (3, [], set(), False)}
+    assert not independent_of_path(metadata([1.0], {}, logitsprocs=LogitsProcessors([processor])))
+    del processor.min_toks
+    assert not independent_of_path(metadata([1.0], {}, logitsprocs=LogitsProcessors([processor])))
