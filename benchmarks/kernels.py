@@ -37,6 +37,7 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != RO
 import torch
 import triton
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 
 def load_package() -> None:
@@ -67,6 +68,7 @@ from jakiro_vllm.kernels.batch_attention.reference import batch_attention_refere
 from jakiro_vllm.kernels.compaction import LayerPages, compact
 from jakiro_vllm.kernels.experts import activate, combine, route
 from jakiro_vllm.kernels.experts import reference as experts_reference
+from jakiro_vllm.kernels.grow import Beam, Pool, expand, rerank
 from jakiro_vllm.kernels.top_tokens import top_tokens
 from jakiro_vllm.kernels.walk import walk_samples
 
@@ -267,7 +269,7 @@ def causal_sides(case: Attention) -> Iterator[tuple[str, Callable[[], Any]]]:
     kv_heads, length = case.keys.shape[2], context + rows
     query = case.query.view(batch, rows, num_heads, dim).transpose(1, 2).contiguous()
     keys, values = (torch.randn(batch, kv_heads, length, dim, device=DEVICE).to(DTYPE) for _ in range(2))
-    mask = torch.nn.attention.bias.causal_lower_right(rows, length)
+    mask = causal_lower_right(rows, length)
     sdpa = torch.nn.functional.scaled_dot_product_attention
     yield "torch causal, not paged", lambda: sdpa(query, keys, values, attn_mask=mask, enable_gqa=True)
     if INTERPRET or importlib.util.find_spec("vllm") is None:
@@ -332,9 +334,10 @@ def measure_attention(report: Report, sizes: Sizes) -> None:
 
 def check_attention(case: Attention) -> None:
     """Against the reference, before anything is timed."""
-    expected = batch_attention_reference(case.query, case.keys, case.values, case.trees, case.scale)
+    expected = torch.empty_like(case.out)
+    batch_attention_reference(case.query, case.keys, case.values, case.trees, case.scale, expected)
     found = attend(case, case.trees)
-    torch.testing.assert_close(found.double(), expected.double().to(found.device), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
 
 
 def measure_experts(report: Report, sizes: Sizes) -> None:
@@ -376,7 +379,7 @@ def measure_experts(report: Report, sizes: Sizes) -> None:
 
 
 def measure_small(report: Report, sizes: Sizes) -> None:
-    """Walk, compaction, and the top tokens of a vocabulary."""
+    """Walk, compaction, beam, re-rank, and the top tokens of a vocabulary."""
     nodes, depth = sizes.rows, 6
     for batch in sizes.batches:
         tokens = torch.randint(50, (batch, nodes), device=DEVICE)
@@ -409,6 +412,24 @@ def measure_small(report: Report, sizes: Sizes) -> None:
             {"compaction": lambda a=(layers, slots, starts, path, accepted): compact(*a)},
             moved,
             goal="below 20 us",
+        )
+        width = 3 if INTERPRET else 10
+        pool = Pool.empty(batch, width + 5 * width * width, DEVICE)
+        found = torch.randint(99, (batch, width, width), device=DEVICE)
+        scores = -torch.rand(batch, width, width, device=DEVICE)
+        beam = expand(pool, Beam.root(batch, DEVICE), found[:, :1], scores[:, :1], 0, width)
+        for level in range(5):
+            beam = expand(pool, beam, found, scores, width + level * width * width, width)
+        report.measure(
+            "beam",
+            f"batch {batch}, {width} x {width} candidates",
+            {"beam": lambda p=pool, b=beam, f=found, s=scores, w=width: expand(p, b, f, s, w, w)},
+        )
+        roots = tokens[:, 0].contiguous()
+        report.measure(
+            "re-rank",
+            f"batch {batch}, {pool.scores.shape[1]} candidates, {nodes - 1} kept",
+            {"re-rank": lambda p=pool, t=roots: rerank(p, t, nodes - 1, 6)},
         )
         for rows in (batch, batch * 10):
             logits = torch.randn(rows, sizes.vocabulary, device=DEVICE).to(DTYPE)

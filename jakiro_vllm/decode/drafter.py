@@ -12,8 +12,8 @@ from torch import Tensor
 from jakiro_vllm.config import TreeConfig
 from jakiro_vllm.draft.candidates import LmHead, propose, resolve_policy, top_tokens
 from jakiro_vllm.draft.head import DraftHead, HeadOutput
+from jakiro_vllm.kernels.grow import Beam, Pool, expand, rerank
 from jakiro_vllm.tree.batch import TreeBatch
-from jakiro_vllm.tree.grow import Beam, Level, expand, rerank, root_beam
 
 
 class HeadCache(Protocol):
@@ -123,35 +123,38 @@ class TreeDrafter:
     def grow(self, roots: Roots, cache: HeadCache) -> TreeBatch:
         """Grows one tree per root: launches only, nothing whose shape or course depends on a value."""
         batch, device = roots.x.shape[0], roots.x.device
-        scratch = Scratch(self.head, batch, (self.num_forwards - 1) * self.config.top_k, roots.x)
+        width = self.config.top_k
+        scratch = Scratch(self.head, batch, (self.num_forwards - 1) * width, roots.x)
+        beam = Beam.root(batch, device)
         output = self.head.finish(
             roots.x,
             roots.positions,
-            lambda q: cache.attend(q.unsqueeze(1), scratch.keys, scratch.values, 0, scratch.words).squeeze(1),
+            lambda q: cache.attend(q.unsqueeze(1), scratch.keys, scratch.values, 0, beam.words).squeeze(1),
             contrastive=self._two_levels(0),
         )
-        first_position = roots.positions + 1  # of a level-1 node's input
-        levels: list[Level] = []
-        beam = root_beam(batch, device)
-        width = self.config.top_k
+        pool = Pool.empty(batch, width + (self.config.depth - 1) * width * width, device)
+        first_id = 0
         for forward in range(self.num_forwards):
             parents = beam.tokens.shape[1]
             found = propose(output, self.lm_head, width, self.policy)
-            per_node = (batch, parents)
-            tokens, log_probs = found.tokens.unflatten(0, per_node), found.log_probs.unflatten(0, per_node)
-            levels.append(expand(beam, tokens, log_probs, _num_candidates(levels)))
-            chosen = levels[-1].best(width)
-            if forward == self.num_forwards - 1:
-                if self._two_levels(forward):
-                    levels.append(self._last_level(output, chosen, per_node, _num_candidates(levels)))
+            tokens, log_probs = (x.unflatten(0, (batch, parents)) for x in (found.tokens, found.log_probs))
+            last, two_levels = forward == self.num_forwards - 1, self._two_levels(forward)
+            count = width if two_levels or not last else 0  # nothing grows from the last level
+            chosen = expand(pool, beam, tokens, log_probs, first_id, count, first_slot=scratch.used)
+            first_id += parents * width
+            if two_levels:
+                self._last_level(pool, output, chosen, parents, first_id)
+            if last:
                 break
             origin = chosen.origins + parents * torch.arange(batch, device=device).unsqueeze(1)
             source = found.sources[origin, chosen.choices]
             features = found.features[origin, source].flatten(0, 1)  # [B * K, C]
+            # A level-1 node's input stands one position after its root's row.
+            positions = roots.positions + 1 + forward
             contrastive = self._two_levels(forward + 1)
-            output = self._expand_beam(chosen, features, first_position + forward, scratch, cache, contrastive)
+            output = self._expand_beam(chosen, features, positions, scratch, cache, contrastive)
             beam = chosen
-        return rerank(levels, roots.tokens, self.config.node_budget)
+        return TreeBatch(*rerank(pool, roots.tokens, self.config.node_budget, self.config.depth))
 
     def _two_levels(self, forward: int) -> bool:
         """Whether the contrastive output of this forward gives the last level."""
@@ -170,53 +173,44 @@ class TreeDrafter:
         batch, width = beam.tokens.shape
         positions = positions.unsqueeze(1).expand(batch, width).flatten()
         x = self.head.fuse(self.embed(beam.tokens.flatten()), features)
-        words = scratch.append(beam, *self.head.keys_values(x, positions))
+        keys, values = (t.unflatten(0, (batch, width)) for t in self.head.keys_values(x, positions))
+        scratch.append(keys, values)
         return self.head.finish(
             x,
             positions,
             lambda q: cache.attend(
-                q.unflatten(0, (batch, width)), scratch.keys, scratch.values, scratch.used, words
+                q.unflatten(0, (batch, width)), scratch.keys, scratch.values, scratch.used, beam.words
             ).flatten(0, 1),
             contrastive=contrastive,
         )
 
-    def _last_level(self, output: HeadOutput, beam: Beam, per_node: tuple[int, int], first_id: int) -> Level:
+    def _last_level(self, pool: Pool, output: HeadOutput, beam: Beam, parents: int, first_id: int) -> None:
         """The second level of the last forward: what the contrastive feature says of grandchildren.
 
         The candidates belong to the node that was expanded, so each child takes those of its own parent.
         """
-        tokens, log_probs = top_tokens(output.contrast(), self.lm_head, self.config.top_k)
-        tokens, log_probs = tokens.unflatten(0, per_node), log_probs.unflatten(0, per_node)
-        if self.gather_parents:
-            index = beam.origins
-        else:
-            index = torch.arange(beam.tokens.shape[1], device=tokens.device).expand_as(beam.origins) % per_node[1]
-        index = index.unsqueeze(2).expand(*index.shape, tokens.shape[2])
-        return expand(beam, tokens.gather(1, index), log_probs.gather(1, index), first_id)
+        batch = beam.tokens.shape[0]
+        found = top_tokens(output.contrast(), self.lm_head, self.config.top_k)
+        tokens, log_probs = (x.unflatten(0, (batch, parents)) for x in found)
+        rows = beam.origins
+        if not self.gather_parents:
+            rows = torch.arange(beam.tokens.shape[1], device=rows.device).expand_as(rows) % parents
+        expand(pool, beam, tokens, log_probs, first_id, count=0, rows=rows)
 
 
 class Scratch:
-    """KV of a draft's own nodes, level by level, and who descends from whom."""
+    """Keys and values of a draft's own nodes, level by level."""
 
     def __init__(self, head: DraftHead, batch: int, size: int, like: Tensor) -> None:
         spec = head.spec
         shape = (batch, size, spec.num_kv_heads, spec.head_dim)
         self.keys = like.new_empty(shape)
         self.values = like.new_empty(shape)
-        self.words = torch.zeros(batch, 1, dtype=torch.int64, device=like.device)
         self.used = 0
 
-    def append(self, beam: Beam, keys: Tensor, values: Tensor) -> Tensor:
-        """Stores ``[B * K, G, D]`` and returns the beam's ancestor words ``[B, K]``."""
-        batch, width = beam.tokens.shape
-        end = self.used + width
-        self.keys[:, self.used : end] = keys.unflatten(0, (batch, width))
-        self.values[:, self.used : end] = values.unflatten(0, (batch, width))
-        bits = torch.ones_like(beam.tokens) << torch.arange(self.used, end, device=beam.tokens.device)
-        self.words = self.words.gather(1, beam.origins) | bits
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Stores ``[B, K, G, D]`` keys and values of the next level."""
+        end = self.used + keys.shape[1]
+        self.keys[:, self.used : end] = keys
+        self.values[:, self.used : end] = values
         self.used = end
-        return self.words
-
-
-def _num_candidates(levels: list[Level]) -> int:
-    return sum(level.tokens.shape[1] for level in levels)

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jakiro_vllm.config import MAX_NODES
-
 
 @dataclass(frozen=True)
 class TreeBatch:
@@ -45,41 +43,6 @@ class TreeBatch:
         return TreeBatch(
             self.tokens[rows], self.parents[rows], self.depths[rows], self.ancestors[rows], self.num_nodes[rows]
         )
-
-    def truncate(self, num_nodes: Tensor) -> TreeBatch:
-        """Keeps the first ``num_nodes [B] int64`` nodes of each tree."""
-        return TreeBatch(
-            self.tokens, self.parents, self.depths, self.ancestors, torch.minimum(self.num_nodes, num_nodes)
-        )
-
-
-def ancestor_words(parents: Tensor, depth: int) -> Tensor:
-    """Packs each node's path to the root into one word.
-
-    Args:
-        parents: ``[B, N] int64``, -1 for the root, N at most 64.
-        depth: upper bound of the depths.
-
-    Returns:
-        ``[B, N] int64``; bit 63 is the sign bit.
-
-    Raises:
-        ValueError: if there are more than 64 nodes.
-    """
-    if parents.shape[1] > MAX_NODES:
-        raise ValueError(f"a tree has at most {MAX_NODES} nodes, got {parents.shape[1]}")
-    bits = torch.ones_like(parents[0]) << torch.arange(parents.shape[1], device=parents.device)
-    node = torch.arange(parents.shape[1], device=parents.device).expand_as(parents)
-    words = bits.expand_as(parents).clone()
-    for _ in range(depth):
-        node = parents.gather(1, node.clamp(min=0)).where(node >= 0, -1)
-        words |= bits[node.clamp(min=0)].where(node >= 0, 0)
-    return words
-
-
-def make_trees(tokens: Tensor, parents: Tensor, depths: Tensor, num_nodes: Tensor, max_depth: int) -> TreeBatch:
-    """Builds a batch from its defining arrays; see ``TreeBatch`` for shapes."""
-    return TreeBatch(tokens, parents, depths, ancestor_words(parents, max_depth), num_nodes)
 
 
 def chains(tokens: Tensor, num_nodes: Tensor) -> TreeBatch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -55,13 +56,13 @@ class NoContext:
 def make_drafter(tiny_spec: Callable[..., HeadSpec]) -> Callable[..., TreeDrafter]:
     """``make_drafter(variant, policy, device)`` with random weights; none on the device ``meta``."""
 
-    def make(variant: str, policy: str = "auto", device: str = "cpu") -> TreeDrafter:
+    def make(variant: str, policy: str = "auto", device: str = "cpu", shape: TreeConfig = CONFIG) -> TreeDrafter:
         torch.manual_seed(0)
         head = DraftHead(tiny_spec(variant)).requires_grad_(False)
         head.prepare_positions(64)
         head = head.to(device)
         table, lm_head = (torch.randn(VOCAB, 16).to(device) for _ in range(2))
-        config = TreeConfig(CONFIG.node_budget, CONFIG.depth, CONFIG.top_k, policy)
+        config = replace(shape, policy=policy)
         return TreeDrafter(head, config, lambda ids: table[ids], lambda f: f @ lm_head.T)
 
     return make
@@ -80,6 +81,17 @@ def test_growing_a_tree_never_waits_for_a_value(
         trees = drafter.grow(given.roots, NoContext())
     assert trees.tokens.shape == (5, CONFIG.num_nodes)
     assert all(t.device.type == "meta" for t in vars(trees).values())
+
+
+@pytest.mark.parametrize("shape", [(63, 5, 16), (63, 2, 47), (16, 16, 4), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize("variant", ["jakiro", "jakiro_star", "dense"])
+def test_largest_and_smallest_shapes(
+    variant: str, shape: tuple[int, int, int], make_drafter: Callable[..., TreeDrafter]
+) -> None:
+    """What the configuration admits fits into the ancestor words of a draft's own nodes."""
+    drafter = make_drafter(variant, device="meta", shape=TreeConfig(*shape))
+    trees = drafter.grow(DraftInput.empty(2, 16, torch.float32, 7, "meta").roots, NoContext())
+    assert trees.tokens.shape == (2, shape[0] + 1)
 
 
 @pytest.mark.parametrize(

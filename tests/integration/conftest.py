@@ -55,19 +55,21 @@ def jakiro_engine() -> dict[str, Any]:
 
 
 RunEngine = Callable[[dict[str, Any], list[dict[str, Any]]], list[dict[str, Any]]]
-RunEngines = Callable[[list[tuple[dict[str, Any], list[dict[str, Any]]]]], list[list[dict[str, Any]]]]
+RunEngines = Callable[..., list[list[dict[str, Any]]]]
 
 
 @pytest.fixture(scope="session")
 def run_engines(tmp_path_factory: pytest.TempPathFactory) -> RunEngines:
     """Runs engines one after the other in one fresh process; see ``engine_session``."""
 
-    def run(jobs: list[tuple[dict[str, Any], list[dict[str, Any]]]]) -> list[list[dict[str, Any]]]:
+    def run(
+        jobs: list[tuple[dict[str, Any], list[dict[str, Any]]]], session: Path = SESSION
+    ) -> list[list[dict[str, Any]]]:
         folder = tmp_path_factory.mktemp("engine")
         request, response = folder / "request.json", folder / "response.json"
         request.write_text(json.dumps([{"engine": engine, "phases": phases} for engine, phases in jobs]))
         done = subprocess.run(
-            [sys.executable, str(SESSION), str(request), str(response)],
+            [sys.executable, str(session), str(request), str(response)],
             env={k: v for k, v in server_environment().items() if k != "TRITON_INTERPRET"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from jakiro_vllm.cache.commit import moved_rows
 
 #: Whether engines sample as they do on CUDA machines, from exponential noise; else as the CPU platform does.
 NATIVE_SAMPLER = False
+#: Called with each phase before it runs.
+BEFORE_PHASE: Callable[[dict[str, Any]], None] | None = None
 
 
 def runner_of(llm: LLM) -> Any:
@@ -205,6 +208,8 @@ def run_phases(engine: dict[str, Any], phases: list[dict[str, Any]]) -> list[dic
     for phase in phases:
         if phase.get("fresh_cache"):
             llm.reset_prefix_cache()
+        if BEFORE_PHASE is not None:
+            BEFORE_PHASE(phase)
         mend = sabotage(runner, phase["sabotage"]) if phase.get("sabotage") else None
         try:
             if phase.get("kind") == "kv":

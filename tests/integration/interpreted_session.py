@@ -7,6 +7,7 @@ again into the same memory.
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # Inductor would ask the stand-in for a device
 os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # plain engines too: where Triton works, vLLM would choose it
 
 import triton.backends
@@ -81,6 +83,13 @@ class InterpretedWorker(cpu_worker.CPUWorker):
         return result
 
 
+def choose_kernels(phase: dict[str, Any]) -> None:
+    """Interprets the draft's kernels in phases that ask for it; they take most of the time."""
+    for name in ("experts", "grow", "top_tokens"):
+        module = importlib.import_module(f"jakiro_vllm.kernels.{name}")
+        module.runs_triton = lambda tensor, on=phase.get("draft_kernels", False): on
+
+
 def main() -> None:
     """Runs the engines; those without trees are plain vLLM with the sampler that CUDA machines use."""
     sys.modules.setdefault("interpreted_session", sys.modules["__main__"])
@@ -88,6 +97,8 @@ def main() -> None:
     front_end.KV_CACHE_DTYPES[worker] = front_end.KV_CACHE_DTYPES[front_end.WORKERS["cuda"]]
     front_end.WORKERS["cpu"] = worker
     engine_session.NATIVE_SAMPLER = True
+    engine_session.BEFORE_PHASE = choose_kernels
+    choose_kernels({})
     engine_session.main()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -117,7 +118,7 @@ def test_columns_behind_a_tree_are_not_its_nodes() -> None:
     whole = ([-1, 0, 0, 1], [0, 5, 6, 5])
     batch = make_batch([whole])
     for count in (1, 2, 3, 4):
-        short = batch.truncate(torch.tensor([count]))
+        short = replace(batch, num_nodes=torch.tensor([count]))
         samples = [[5, 5, 5]]
         path, emitted = walk_reference(whole[0][:count], whole[1][:count], samples[0], 2)
         accepted = walk(short, Script(short, samples), 2)
