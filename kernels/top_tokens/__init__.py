@@ -15,7 +15,7 @@ from .reference import top_tokens_reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_WIDTH = 63
-MAX_VOCABULARY = 2**20
+MAX_VOCABULARY = 2**19
 
 
 def top_tokens(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -24,7 +24,8 @@ def top_tokens(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
     T rows, V vocabulary, W tokens per row. The logits are read once.
 
     Args:
-        logits: ``[T, V]`` float32, bfloat16 or float16 (float64 in PyTorch), rows contiguous but at any distance; -inf masks a token.
+        logits: ``[T, V]`` float32, bfloat16, float16 or (in PyTorch on any device) float64, each row contiguous;
+            -inf masks a token.
         width: W, in [1, 63] and at most V.
 
     Returns:
