@@ -85,9 +85,10 @@ class InterpretedWorker(cpu_worker.CPUWorker):
 
 def choose_kernels(phase: dict[str, Any]) -> None:
     """Interprets the draft's kernels in phases that ask for it; they take most of the time."""
+    chosen = bool(phase.get("draft_kernels"))
     for name in ("experts", "grow", "top_tokens"):
         module = importlib.import_module(f"jakiro_vllm.kernels.{name}")
-        module.runs_triton = lambda tensor, on=phase.get("draft_kernels", False): on
+        module.runs_triton = lambda tensor: chosen
 
 
 def main() -> None:

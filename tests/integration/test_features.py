@@ -7,15 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from published_heads import published_head, write_head
-
-from jakiro_vllm.integration import layers
-from jakiro_vllm.integration.cpu_attention import TreeCPUAttentionBackend, TreeCPUAttentionImpl
 
 #: One row of fp32 and many round differently.
 LOGPROB_TOLERANCE = 1e-3
@@ -164,46 +160,3 @@ def test_preempted_requests(answers: dict[str, Any]) -> None:
 def test_other_heads(answers: dict[str, Any], head: str) -> None:
     found, plain = answers["other heads"][head], answers["plain long"]["requests"]
     assert [r["tokens"] for r in found] == [r["tokens"] for r in plain[:4]]
-
-
-LAYERS: dict[str, tuple[dict[str, Any], str]] = {
-    "sinks": ({"sinks": torch.zeros(4)}, "attention sinks"),
-    "ALiBi": ({"alibi_slopes": torch.zeros(4)}, "ALiBi"),
-    "shared pages": ({"kv_sharing_target_layer_name": "other"}, "shares another layer's KV"),
-    "narrow window": ({"sliding_window": 6}, "sliding window of 6, which must exceed the trees' depth 6"),
-    "encoder": ({"attn_type": "encoder"}, "encoder attention"),
-}
-
-
-def layer(**changes: Any) -> SimpleNamespace:
-    """An attention layer that passes, but for ``changes`` of its implementation."""
-    impl = object.__new__(TreeCPUAttentionImpl)
-    settings = {
-        "attn_type": "decoder",
-        "sinks": None,
-        "alibi_slopes": None,
-        "kv_sharing_target_layer_name": None,
-        "sliding_window": -1,
-    }
-    vars(impl).update(settings | changes)
-    return SimpleNamespace(attn_backend=TreeCPUAttentionBackend, impl=impl, isa="vec", kv_cache=torch.zeros(1))
-
-
-def test_an_ordinary_layer_passes() -> None:
-    assert layers._refusal(layer(), torch.float32, 6) is None
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_layers_that_trees_do_not_cover(name: str) -> None:
-    changes, message = LAYERS[name]
-    assert message in str(layers._refusal(layer(**changes), torch.float32, 6))
-
-
-def test_backends_and_pages_that_trees_do_not_know() -> None:
-    other = layer()
-    other.attn_backend = type("Chunked", (TreeCPUAttentionBackend,), {})
-    assert "backend of its own" in str(layers._refusal(other, torch.float32, 6))
-    other = layer()
-    other.isa = "neon"
-    assert "layout 'neon'" in str(layers._refusal(other, torch.float32, 6))
-    assert "keeps its KV as torch.float32" in str(layers._refusal(layer(), torch.bfloat16, 6))

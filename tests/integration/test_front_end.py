@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import vllm.platforms
 from safetensors.torch import load_file, save_file
 from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.worker.worker_base import WorkerBase
 
 from jakiro_vllm.draft.registry import EMBEDDED_HEAD, EMBEDDED_TARGET
 from jakiro_vllm.errors import JakiroError
@@ -105,6 +109,31 @@ def test_flags_that_exclude_each_other(other: list[str], capsys: pytest.CaptureF
     with pytest.raises(SystemExit):
         parser.parse_args([*other, "--speculative-model", "H"])
     assert "exclude each other" in capsys.readouterr().err
+
+
+def platform(**kinds: bool) -> Any:
+    """A stand-in for vLLM's platform."""
+    return SimpleNamespace(
+        is_cpu=lambda: kinds.get("cpu", False),
+        is_cuda=lambda: kinds.get("cuda", False),
+        device_type="cuda",
+        device_name="some device",
+    )
+
+
+def test_every_platform_gets_its_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("cpu", "cuda"):
+        monkeypatch.setattr(vllm.platforms, "_current_platform", platform(**{name: True}))
+        assert front_end.choose_worker() == front_end.WORKERS[name]
+    monkeypatch.setattr(vllm.platforms, "_current_platform", platform())
+    with pytest.raises(JakiroError, match=r"CPU and CUDA platforms, got 'cuda' \(some device\)"):
+        front_end.choose_worker()
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_workers_are_where_their_names_say(name: str) -> None:
+    module, _, attribute = front_end.WORKERS[name].rpartition(".")
+    assert issubclass(getattr(importlib.import_module(module), attribute), WorkerBase)
 
 
 SETTINGS: dict[str, tuple[dict[str, Any], str]] = {

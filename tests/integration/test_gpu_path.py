@@ -1,8 +1,8 @@
 """The CUDA runner path inside vLLM's engine, on CPU tensors: Triton interprets every kernel of this package.
 
 What a machine without a GPU cannot show is left out: compiled kernels, CUDA graphs, streams. Everything else is the
-shipped code: the runner's mixin, the Triton backend, sampling of all rows at once, the walk, compaction, and drafts from
-persistent buffers.
+shipped code: the runner's mixin, the Triton backend, sampling of all rows at once, the walk, compaction, and drafts
+from persistent buffers.
 """
 
 from __future__ import annotations
