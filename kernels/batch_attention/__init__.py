@@ -44,7 +44,8 @@ def batch_attention(
     T packed rows, H query heads, G KV heads, D head size, P pages of B slots. Rows whose ancestor word is 0 see
     the context and, without ``scratch``, their request's rows up to themselves. Other rows see the context and
     the nodes that their word names: page slots after the context, or scratch nodes. A row that sees nothing
-    gets zeros. Memory that no row sees may hold anything, NaN included.
+    gets zeros. Memory that no row sees may hold anything, NaN included. Nothing waits for the device, and the
+    launches are a function of shapes and ``rows.max_rows`` alone, so a CUDA graph may hold them.
 
     Args:
         query: ``[T, H, D]`` float32, bfloat16 or float16, heads contiguous.
@@ -57,7 +58,7 @@ def batch_attention(
         softcap: ``c * tanh(score / c)`` where positive.
         window: a row sees context positions above ``position - window``, where positive; a tree must be
             shallower than it.
-        key_scale: ``[1] float32``, by which stored keys are multiplied; None for 1.
+        key_scale: ``[1]`` or ``[] float32``, by which stored keys are multiplied; None for 1.
         value_scale: likewise.
         scratch: the nodes' keys and values where they are not in the pages; never scaled.
 
@@ -93,7 +94,7 @@ def _check(
             f"query must be [T, H, D] in float32, bfloat16 or float16 with contiguous heads, "
             f"got {list(query.shape)} {query.dtype} with strides {query.stride()}"
         )
-    num_rows, heads, dim = query.shape
+    heads, dim = query.shape[1:]
     if out.shape != query.shape or out.dtype not in DTYPES or out.stride(2) != 1:
         raise ValueError(
             f"out must be {list(query.shape)} in float32, bfloat16 or float16 with contiguous heads, "
@@ -128,13 +129,17 @@ def _check(
             f"{requests} contexts need {requests + 1} row starts and {requests} block tables, "
             f"got {rows.row_starts.shape[0]} and {rows.block_tables.shape[0]}"
         )
-    if rows.ancestors.shape != (num_rows,) or rows.depths.shape != (num_rows,):
+    if rows.ancestors.ndim != 1 or rows.ancestors.shape != rows.depths.shape:
         raise ValueError(
-            f"ancestors and depths must have one entry for each of {num_rows} rows, "
+            f"ancestors and depths must have one entry for each row, "
             f"got {list(rows.ancestors.shape)} and {list(rows.depths.shape)}"
         )
     if rows.ancestors.dtype != torch.int64:
         raise ValueError(f"ancestors must be int64, got {rows.ancestors.dtype}")
+    for name in ("block_tables", "row_starts", "context_lens", "ancestors", "depths"):
+        tensor = getattr(rows, name)
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
     if rows.max_rows < 1:
         raise ValueError(f"max_rows must be at least 1, got {rows.max_rows}")
     if scratch is None:

@@ -21,8 +21,8 @@ class BatchRows:
         row_starts: ``[R + 1] int32``: request r owns rows ``row_starts[r]:row_starts[r + 1]``, perhaps none.
         context_lens: ``[R] int32`` committed tokens before these rows.
         ancestors: ``[T] int64``: 0 for rows that see all that comes before them; otherwise bit j lets the row see
-            node j of its request's tree (itself included).
-        depths: ``[T] int32 or int64`` position of the row after its context.
+            node j of its request's tree (itself included). Rows of no request may be missing at the end.
+        depths: ``[T] int32 or int64`` position of the row after its context; used with a window only.
         max_rows: upper bound of the rows of a request.
     """
 
@@ -62,7 +62,24 @@ def batch_attention_reference(
     value_scale: Tensor | None = None,
     scratch: Scratch | None = None,
 ) -> Tensor:
-    """Attends row by row; arguments and result are those of ``batch_attention``."""
+    """Attends row by row, for rows of any number and heads of any size.
+
+    Args:
+        query: ``[T, H, D]``.
+        key_pages: ``[P, B, G, D]``.
+        value_pages: likewise.
+        rows: the requests.
+        scale: of the scores.
+        out: ``[T, H, D]``, written; rows of no request are left alone.
+        softcap: ``c * tanh(score / c)`` where positive.
+        window: sliding window in positions, where positive.
+        key_scale: ``[1] float32``, by which stored keys are multiplied.
+        value_scale: likewise.
+        scratch: the nodes' keys and values where they are not in the pages.
+
+    Returns:
+        ``out``.
+    """
     group = query.shape[1] // key_pages.shape[2]
     key_factor = 1.0 if key_scale is None else float(key_scale)
     value_factor = 1.0 if value_scale is None else float(value_scale)

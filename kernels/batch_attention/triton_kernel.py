@@ -18,14 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..aot import Variant
+from ..aot import ARCHITECTURES, Variant
 from ..dispatch import interpreted, tuned
 
 if TYPE_CHECKING:
     from .reference import BatchRows, Scratch
 
-#: Rows of a program's matrix, at most; fewer where the head is wide or the products are not the tensor cores'.
-LARGEST_BLOCK, LARGEST_WIDE_BLOCK, LARGEST_FLOAT_BLOCK = 128, 64, 16
+#: Rows of a program's matrix, at most.
+LARGEST_BLOCK = 128
 #: Splits of the columns, at most, and the fewest columns that are worth one.
 MOST_SPLITS, SPLIT_COLUMNS = 32, 128
 #: Launches whose requests may have more rows than this take one split: they fill the GPU, and their partial
@@ -106,41 +106,13 @@ def _add_tile(
 
 @triton.jit
 def _add_pages(
-    b_q,
-    keys,
-    values,
-    table,
-    keys_p,
-    keys_b,
-    values_p,
-    values_b,
-    begin,
-    end,
-    columns,
-    context,
-    first,
-    last_own,
-    named,
-    b_own,
-    b_begin,
-    b_words,
-    factor,
-    unit,
-    b_max,
-    b_sum,
-    b_acc,
-    MASKED: tl.constexpr,
-    STAGES: tl.constexpr,
-    SCRATCH: tl.constexpr,
-    WINDOW: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    b_q, keys, values, table, keys_p, keys_b, values_p, values_b,
+    begin, end, columns, context, first, last_own, named, b_own, b_begin, b_words,
+    factor, unit, b_max, b_sum, b_acc,
+    MASKED: tl.constexpr, STAGES: tl.constexpr, SCRATCH: tl.constexpr, WINDOW: tl.constexpr,
+    HEAD_SIZE: tl.constexpr, PAGE_SIZE: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """Adds the page columns of tiles [begin, end): those that any row sees where MASKED, otherwise all."""
     o_d = tl.arange(0, BLOCK_D)
     m_d = (o_d < HEAD_SIZE)[None, :]
@@ -256,7 +228,7 @@ def attend(
     rows = tl.load(row_starts + request + 1) - first_row
     if (block < 0) | (block * BLOCK_Q >= rows):
         return
-    context = tl.load(context_lens + request)
+    context = tl.load(context_lens + request).to(tl.int32)
 
     o_d = tl.arange(0, BLOCK_D)
     o_i, o_h, m_m = _matrix_rows(block, kv_head, rows, GROUP, BLOCK_M)
@@ -312,19 +284,22 @@ def attend(
     keys += kv_head.to(tl.int64) * keys_g
     values += kv_head.to(tl.int64) * values_g
     table = block_tables + request.to(tl.int64) * table_stride
+    STAGES: tl.constexpr = TAIL if WINDOW <= 0 and TAIL > 0 else None
+    # fmt: off
     if WINDOW <= 0 and TAIL > 0:
         b_max, b_sum, b_acc = _add_pages(
             b_q, keys, values, table, keys_p, keys_b, values_p, values_b,
             first_tile, whole_tile, end, context, first, last_own, named, b_own, b_begin, b_words,
             page_factor, unit, b_max, b_sum, b_acc,
             False, None, SCRATCH, WINDOW, HEAD_SIZE, PAGE_SIZE, SOFTCAP, PRECISION, WIDEN, BLOCK_D, BLOCK_N,
-        )  # fmt: skip
+        )
     b_max, b_sum, b_acc = _add_pages(
         b_q, keys, values, table, keys_p, keys_b, values_p, values_b,
         whole_tile, last_tile, end, context, first, last_own, named, b_own, b_begin, b_words,
         page_factor, unit, b_max, b_sum, b_acc,
-        True, None if WINDOW > 0 or TAIL == 0 else TAIL, SCRATCH, WINDOW, HEAD_SIZE, PAGE_SIZE, SOFTCAP, PRECISION, WIDEN, BLOCK_D, BLOCK_N,
-    )  # fmt: skip
+        True, STAGES, SCRATCH, WINDOW, HEAD_SIZE, PAGE_SIZE, SOFTCAP, PRECISION, WIDEN, BLOCK_D, BLOCK_N,
+    )
+    # fmt: on
     if value_scale is not None:
         b_acc *= tl.load(value_scale)
 
@@ -335,9 +310,10 @@ def attend(
         p_r = request.to(tl.int64)
         p_k = scratch_keys + p_r * scratch_keys_r + kv_head * scratch_keys_g
         p_v = scratch_values + p_r * scratch_values_r + kv_head * scratch_values_g
-        for start in tl.range(0, nodes, BLOCK_N, num_stages=1):
-            o_j = start + tl.arange(0, BLOCK_N)
-            b_bit = tl.where(o_j < nodes, tl.full([BLOCK_N], 1, tl.int64) << (o_j & 63), 0)
+        BLOCK_S: tl.constexpr = 32 if BLOCK_N > 32 else BLOCK_N  # nodes are few, and so are the registers left
+        for start in tl.range(0, nodes, BLOCK_S, num_stages=1):
+            o_j = start + tl.arange(0, BLOCK_S)
+            b_bit = tl.where(o_j < nodes, tl.full([BLOCK_S], 1, tl.int64) << (o_j & 63), 0)
             m_n = (named & b_bit) != 0
             m_seen = (b_words[:, None] & b_bit[None, :]) != 0
             m_nd = m_n[:, None] & (o_d < HEAD_SIZE)[None, :]
@@ -401,23 +377,29 @@ def merge(
     tl.store(out + row.to(tl.int64) * out_t + head * out_h + o_d, b_out.to(out.dtype.element_ty), mask=m_d)
 
 
-#: Tile sizes to choose among, by the height of a program's matrix. Three stages keep one tile in flight beside
-#: the page numbers of the next.
+def _config(block_n: int, num_warps: int, num_stages: int, tail: int) -> Any:
+    """A tile's columns, and TAIL: stages of the loop over masked tiles, 0 for one loop that masks every tile."""
+    return triton.Config({"BLOCK_N": block_n, "TAIL": tail}, num_warps=num_warps, num_stages=num_stages)
+
+
+#: What to choose among, by the shape of a program's matrix. None spills; masks are free where memory is waited for.
 _CONFIGS = {
-    "low": [triton.Config({"BLOCK_N": n}, num_warps=4, num_stages=3) for n in (64, 32)],
-    "high": [triton.Config({"BLOCK_N": 64}, num_warps=w, num_stages=3) for w in (8, 4)],
-    "wide": [triton.Config({"BLOCK_N": 32}, num_warps=w, num_stages=3) for w in (8, 4)],
-    "float": [triton.Config({"BLOCK_N": 16}, num_warps=4, num_stages=2)],
+    "low": [_config(64, 4, 3, 0), _config(32, 4, 4, 0)],
+    "middle": [_config(64, 8, 3, 2), _config(32, 4, 3, 2)],
+    "high": [_config(64, 8, 3, 2), _config(32, 8, 4, 2)],
+    "wide low": [_config(32, 4, 3, 0)],
+    "wide": [_config(32, 8, 3, 2)],
+    "float": [_config(16, 8, 2, 0)],
 }
 
 
-def _kind(block_rows: int, block_dim: int, dtype: torch.dtype) -> str:
+def _kind(block: int, block_dim: int, dtype: torch.dtype) -> str:
     """Which of ``_CONFIGS`` a launch chooses from."""
     if dtype == torch.float32:
         return "float"
     if block_dim > 128:
-        return "wide"
-    return "low" if block_rows < 64 else "high"
+        return "wide low" if block <= 32 else "wide"
+    return "low" if block <= 32 else "middle" if block <= 64 else "high"
 
 
 @functools.cache
@@ -432,11 +414,13 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else MULTIPROCESSORS
 
 
-def block_rows(max_rows: int, group: int, block_dim: int, dtype: torch.dtype) -> int:
+def block_rows(max_rows: int, group: int, block_dim: int, dtype: torch.dtype, scratch: bool) -> int:
     """Rows of a program's matrix: as many as a request has, so that its keys are read once, if registers allow."""
-    largest = LARGEST_BLOCK if block_dim <= 128 else LARGEST_WIDE_BLOCK
+    largest = LARGEST_BLOCK if block_dim <= 128 else LARGEST_BLOCK // 2
+    if scratch:
+        largest //= 2
     if dtype == torch.float32:
-        largest = LARGEST_FLOAT_BLOCK
+        largest = 16
     return max(16, min(largest, triton.next_power_of_2(max_rows * group)), triton.next_power_of_2(group))
 
 
@@ -445,16 +429,21 @@ def count_splits(programs: int, block: int, max_rows: int, capacity: int, multip
 
     Args:
         programs: of a launch with one split.
-        block: rows of a program's matrix; low ones use little of a multiprocessor, which takes several.
+        block: rows of a program's matrix; a multiprocessor holds one program of the highest.
         max_rows: of a request.
         capacity: columns that the block tables have room for.
         multiprocessors: of the GPU.
     """
     if max_rows > MOST_SPLIT_ROWS:
         return 1
-    wanted = multiprocessors * (4 if block <= 32 else 2) // programs
-    splits = max(1, min(wanted, capacity // SPLIT_COLUMNS, MOST_SPLITS))
+    slots = multiprocessors * (3 if block <= 32 else 2 if block <= 64 else 1)
+    splits = max(1, min(slots // programs, capacity // SPLIT_COLUMNS, MOST_SPLITS))
     return 1 << (splits.bit_length() - 1)
+
+
+def merging_warps(splits: int, block_dim: int) -> int:
+    """Warps that merge a head, 32 numbers per thread."""
+    return max(1, splits * block_dim // 1024)
 
 
 def launch(
@@ -481,7 +470,7 @@ def launch(
     requests = rows.context_lens.shape[0]
     group = heads // kv_heads
     block_dim = max(16, triton.next_power_of_2(dim))
-    block = block_rows(rows.max_rows, group, block_dim, query.dtype)
+    block = block_rows(rows.max_rows, group, block_dim, query.dtype, scratch is not None)
     ragged = num_rows // (block // group) + requests
     even = requests * triton.cdiv(rows.max_rows, block // group)
     blocks = min(ragged, even)
@@ -529,7 +518,6 @@ def launch(
         RAGGED=ragged < even,
         WIDEN=interpreted() and query.dtype == torch.bfloat16,  # its products of bfloat16 are not floats'
         LEAST_COLUMNS=SPLIT_COLUMNS,
-        TAIL=2,
         BLOCK_M=block,
         BLOCK_D=block_dim,
     )
@@ -545,7 +533,7 @@ def launch(
             SPLITS=splits,
             HEAD_SIZE=dim,
             BLOCK_D=block_dim,
-            num_warps=max(1, splits * block_dim // 1024),
+            num_warps=merging_warps(splits, block_dim),
         )
     return out
 
@@ -553,36 +541,31 @@ def launch(
 def variants() -> list[Variant]:
     """What the kernels are compiled to: each configuration once, the options spread over them."""
     found = []
-    for name, kind, options in (
-        ("bf16 D128 tree split", "high", {"splits": True}),
-        ("fp16 D128 decode split", "low", {"dtype": "fp16", "block": 16, "splits": True}),
-        (
-            "bf16 D256 window softcap",
-            "wide",
-            {"dim": 256, "block": 64, "window": 4096, "softcap": 50.0, "ragged": True},
-        ),
-        ("fp32 D128 scratch", "float", {"dtype": "fp32", "block": 16, "scratch": True}),
+    for name, kind, block, options in (
+        ("bf16 D128 tree split", "high", LARGEST_BLOCK, {"splits": True}),
+        ("fp8 D128 scratch split", "middle", 64, {"pages": "fp8e4nv", "scratch": True, "splits": True}),
+        ("fp16 D128 decode split", "low", 16, {"dtype": "fp16", "splits": True}),
+        ("bf16 D192 window softcap", "wide", 64, {"dim": 192, "window": 4096, "softcap": 50.0, "ragged": True}),
+        ("bf16 D256 scratch", "wide low", 32, {"dim": 256, "scratch": True}),
+        ("fp32 D128", "float", 16, {"dtype": "fp32"}),
     ):
-        for config in _CONFIGS[kind]:
-            found.append(_attend_variant(f"attention {name}", config, **options))
-    wide = _CONFIGS["high"][0]
-    found.append(_attend_variant("attention bf16 D80 prompt", wide, dim=80, ragged=True))
-    found.append(_attend_variant("attention fp8 D128 scratch split", wide, pages="fp8e5", scratch=True, splits=True))
+        found += [_attend_variant(name, config, block, **options) for config in _CONFIGS[kind]]
     pointers = {"partial": "*fp32", "stats": "*fp32", "row_starts": "*i32", "out": "*bf16"}
     counts = dict.fromkeys(("requests", "num_rows", "out_t", "out_h"), "i32")
     constants = {"SPLITS": MOST_SPLITS, "HEAD_SIZE": 128, "BLOCK_D": 128}
     aligned = ("partial", "stats", "out", "out_t", "out_h")
-    found.append(Variant("attention merge", merge, pointers | counts, constants, {"num_warps": 4}, aligned))
+    options = {"num_warps": merging_warps(MOST_SPLITS, 128)}
+    found.append(Variant(f"merge bf16 D128 S{MOST_SPLITS}", merge, pointers | counts, constants, options, aligned))
     return found
 
 
 def _attend_variant(
     name: str,
     config: Any,
+    block: int,
     dtype: str = "bf16",
     pages: str = "",
     dim: int = 128,
-    block: int = LARGEST_BLOCK,
     splits: bool = False,
     ragged: bool = False,
     scratch: bool = False,
@@ -619,7 +602,6 @@ def _attend_variant(
         "RAGGED": ragged,
         "WIDEN": False,
         "LEAST_COLUMNS": SPLIT_COLUMNS,
-        "TAIL": 2,
         "BLOCK_M": block,
         "BLOCK_D": triton.next_power_of_2(dim),
         **config.kwargs,
@@ -627,5 +609,6 @@ def _attend_variant(
     signature = pointers | {"scale": "fp32"} | dict.fromkeys([*_VARYING, *strides], "i32")
     aligned = tuple(name for name in (*pointers, *strides) if name not in _UNALIGNED)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    shape = f"{block}x{config.kwargs['BLOCK_N']} warps {config.num_warps}"
-    return Variant(f"{name} {shape}", attend, signature, constants, options, aligned)
+    name = f"{name} {block}x{config.kwargs['BLOCK_N']}"
+    architectures = tuple(a for a in ARCHITECTURES if pages != "fp8e4nv" or a >= 89)
+    return Variant(name, attend, signature, constants, options, aligned, architectures)

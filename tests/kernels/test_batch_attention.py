@@ -22,6 +22,8 @@ from jakiro_vllm.kernels.batch_attention.reference import batch_attention_refere
 triton_kernel = pytest.importorskip("jakiro_vllm.kernels.batch_attention.triton_kernel", reason="needs Triton")
 
 NAN = float("nan")
+#: What outputs hold before a launch; no result has it.
+UNWRITTEN = -77.0
 #: By the query's dtype: float32 sums hundreds of products in another order; the others round weights and results to
 #: 8 and 11 bits.
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -54,8 +56,8 @@ class Case:
     options: dict[str, Any]
 
     def run(self, function: Callable[..., Tensor], dtype: torch.dtype, **options: Any) -> Tensor:
-        """The outputs in ``dtype``, NaN where none was written."""
-        out = torch.full(self.query.shape, NAN, dtype=dtype)
+        """The outputs in ``dtype``, UNWRITTEN where none was written."""
+        out = torch.full(self.query.shape, UNWRITTEN, dtype=dtype)
         found = function(
             self.query, self.key_pages, self.value_pages, self.rows, self.scale, out, **self.options, **options
         )
@@ -72,7 +74,7 @@ class Case:
         owned = torch.zeros(len(expected), dtype=torch.bool)
         owned[int(self.rows.row_starts[0]) : int(self.rows.row_starts[-1])] = True
         assert not expected[owned].isnan().any(), "the case lets a row see what is poisoned"
-        assert found[~owned].isnan().all()
+        assert (found[~owned] == UNWRITTEN).all()
         torch.testing.assert_close(found[owned].double(), expected[owned], rtol=0, atol=TOLERANCE[self.query.dtype])
 
 
@@ -282,7 +284,7 @@ def test_windows(window: int, scratch: tuple[int, int] | None, softcap: float, r
     make_case(requests, window=window, scratch=scratch, softcap=softcap).check(splits=2)
 
 
-@pytest.mark.parametrize("spare", [(0, 5), (7, 0), (40, 40)], ids=str)
+@pytest.mark.parametrize("spare", [(7, 5), (40, 40)], ids=str)
 @pytest.mark.parametrize("max_rows", [20, 400], ids=["even", "ragged"])
 def test_rows_of_no_request_are_left_alone(spare: tuple[int, int], max_rows: int, rng: random.Random) -> None:
     case = make_case(mixed(rng), spare=spare)
