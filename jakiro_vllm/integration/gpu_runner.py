@@ -28,6 +28,9 @@ from jakiro_vllm.transfer import upload
 from jakiro_vllm.tree.batch import TreeBatch
 from jakiro_vllm.tree.walk import Accepted, walk_sampled
 
+#: Context for which kernels are tuned.
+TYPICAL_CONTEXT = 2048
+
 
 class GPUTreesMixin(JakiroRunnerMixin):
     """Adds trees to a runner whose KV pages the Triton backend reads."""
@@ -152,8 +155,13 @@ class GPUTreesMixin(JakiroRunnerMixin):
         self._sync_device()  # type: ignore[attr-defined]
 
     def capture_model(self) -> int:
-        """As vLLM's; then the draft's graphs."""
+        """As vLLM's; then the draft's graphs.
+
+        Kernels are compiled and tuned here, so the dummy requests get a context as long as real ones have.
+        """
+        self.num_computed_tokens.fill_(self._typical_context())  # type: ignore[attr-defined]
         taken = super().capture_model()  # type: ignore[misc]
+        self.num_computed_tokens.zero_()  # type: ignore[attr-defined]
         if self.compilation_config.cudagraph_mode == CUDAGraphMode.NONE:
             return taken
         before = torch.accelerator.get_memory_info()[0]
@@ -163,7 +171,14 @@ class GPUTreesMixin(JakiroRunnerMixin):
     @torch.inference_mode()
     def _record_drafts(self, record: Recorder) -> None:
         sizes = [size for size in BATCH_SIZES if size <= self.max_num_reqs]  # type: ignore[attr-defined]
-        self._graphs = DraftGraphs(self._draft, self._empty_input(sizes[-1]), sizes, record)
+        buffers = self._empty_input(sizes[-1])
+        buffers.context_lens.fill_(self._typical_context())
+        self._graphs = DraftGraphs(self._draft, buffers, sizes, record)
+
+    def _typical_context(self) -> int:
+        """Tokens of a request that is being served; its pages are all page 0 while nothing is."""
+        longest = self.max_model_len - self.drafter.tree_config.num_nodes  # type: ignore[attr-defined]
+        return max(0, min(TYPICAL_CONTEXT, longest))
 
     def _empty_input(self, batch: int) -> DraftInput:
         head = self.drafter.drafter.head

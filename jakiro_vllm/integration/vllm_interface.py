@@ -135,7 +135,7 @@ ENTRIES: tuple[Entry, ...] = (
         # Slots are computed from positions, so that must happen before they change.
         (f"{_RUNNER}._prepare_inputs", REFERS, "compute_slot_mapping num_computed_tokens"),
         (f"{_RUNNER}.execute_model", REFERS, "_prepare_inputs"),
-        (f"{_RUNNER}.__init__", STORES, "input_ids positions req_indices query_pos num_computed_tokens"),
+        (f"{_RUNNER}.__init__", STORES, "input_ids positions req_indices query_pos num_computed_tokens max_model_len"),
         ("vllm.v1.utils:CpuGpuBuffer.__init__", STORES, "gpu np"),
         (f"{_BATCH}:InputBatch", ATTRIBUTES, "req_ids"),
         (f"{_BATCH}:InputBatch.__init__", STORES, "num_computed_tokens_cpu"),

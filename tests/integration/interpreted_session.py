@@ -11,12 +11,15 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
 os.environ["TORCHDYNAMO_DISABLE"] = "1"  # Inductor would ask the stand-in for a device
 os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # plain engines too: where Triton works, vLLM would choose it
+
+sys.path.append(str(Path(__file__).parent))  # for engine_session, with PYTHONSAFEPATH too
 
 import triton.backends
 
