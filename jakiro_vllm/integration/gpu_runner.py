@@ -6,7 +6,7 @@ runner V1 does: for the emitted tokens, and for the drafts that the scheduler wa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ from jakiro_vllm.tree.walk import Accepted, walk_sampled
 
 #: Context for which kernels are tuned.
 TYPICAL_CONTEXT = 2048
+#: Rows of prompt chunks, one for each kind of block that attention has.
+PROMPT_CHUNKS = (2, 20, 100, 600)
 
 
 class GPUTreesMixin(JakiroRunnerMixin):
@@ -160,6 +162,7 @@ class GPUTreesMixin(JakiroRunnerMixin):
         Kernels are compiled and tuned here, so the dummy requests get a context as long as real ones have.
         """
         self.num_computed_tokens.fill_(self._typical_context())  # type: ignore[attr-defined]
+        self._warm_attention(PROMPT_CHUNKS)
         taken = super().capture_model()  # type: ignore[misc]
         self.num_computed_tokens.zero_()  # type: ignore[attr-defined]
         if self.compilation_config.cudagraph_mode == CUDAGraphMode.NONE:
@@ -167,6 +170,16 @@ class GPUTreesMixin(JakiroRunnerMixin):
         before = torch.accelerator.get_memory_info()[0]
         self._record_drafts(CUDARecorder())
         return taken + before - torch.accelerator.get_memory_info()[0]
+
+    def _warm_attention(self, sizes: Sequence[int]) -> None:
+        """Runs the target on prompt chunks of these sizes; vLLM's own warm-up leaves their attention out."""
+        for size in sizes:
+            self._dummy_run(  # type: ignore[attr-defined]
+                min(size, self.max_num_tokens),  # type: ignore[attr-defined]
+                cudagraph_runtime_mode=CUDAGraphMode.NONE,
+                force_attention=True,
+                skip_eplb=True,
+            )
 
     @torch.inference_mode()
     def _record_drafts(self, record: Recorder) -> None:
