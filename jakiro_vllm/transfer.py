@@ -19,5 +19,7 @@ def upload(host: Tensor | Sequence[int], device: torch.device | str) -> Tensor:
         host = torch.tensor(host, dtype=torch.int64)
     if torch.device(device).type == "cpu":
         return host
+    if not host.numel():
+        return host.to(device)  # nothing to copy, so nothing to wait for
     # Only from pinned memory is a copy asynchronous.
     return host.pin_memory().to(device, non_blocking=True)

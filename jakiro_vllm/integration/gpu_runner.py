@@ -6,7 +6,8 @@ runner V1 does: for the emitted tokens, and for the drafts that the scheduler wa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -43,35 +44,41 @@ class GPUTreesMixin(JakiroRunnerMixin):
     compilation_config: Any
     kv_cache_config: Any
     _graphs: DraftGraphs | None = None
+    #: Ancestor words and depths of all rows of a step, ``[2, T]``.
+    _rows: Tensor | None = None
+    #: What seeded requests drew in this step.
+    _draws: Mapping[int, Draws] = MappingProxyType({})
     _pages: list[tuple[str, LayerPages]] | None = None
 
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
-        """As vLLM's; then the buffers that graphs read are made."""
+        """As vLLM's, which calls it a first time to measure graphs; the buffers that graphs read are made once."""
         super().initialize_kv_cache(*args, **kwargs)
-        rows = torch.zeros(2, self.max_num_tokens, dtype=torch.int64, device=self.device)  # type: ignore[attr-defined]
-        self._ancestors, self._depths = rows
         self._pages = None  # of the new cache
-        self._draws: dict[int, Draws] = {}
+        if self._rows is None:
+            shape = 2, self.max_num_tokens  # type: ignore[attr-defined]
+            self._rows = torch.zeros(shape, dtype=torch.int64, device=self.device)
 
     # Attention
 
     def _attach_trees(self, step: Step | None, per_layer: dict[str, Any]) -> None:
+        assert self._rows is not None
+        ancestors, depths = self._rows
         if step is not None:
             rows = int(step.row_counts.sum())
             if step.ancestors is None or step.depths is None:
-                self._ancestors[:rows].zero_()
-                self._depths[:rows].copy_(self.query_pos.gpu[:rows])  # type: ignore[attr-defined]
+                ancestors[:rows].zero_()
+                depths[:rows].copy_(self.query_pos.gpu[:rows])  # type: ignore[attr-defined]
             else:
-                self._ancestors[:rows].copy_(step.ancestors)
-                self._depths[:rows].copy_(step.depths)
+                ancestors[:rows].copy_(step.ancestors)
+                depths[:rows].copy_(step.depths)
         for metadata in {id(m): m for m in per_layer.values()}.values():
             requests, rows = metadata.query_start_loc.shape[0] - 1, metadata.num_actual_tokens
             metadata.trees = BatchRows(
                 block_tables=metadata.block_table,
                 row_starts=metadata.query_start_loc,
                 context_lens=self.num_computed_tokens[:requests],  # type: ignore[attr-defined]
-                ancestors=self._ancestors[:rows],
-                depths=self._depths[:rows],
+                ancestors=ancestors[:rows],
+                depths=depths[:rows],
                 max_rows=metadata.max_query_len,
             )
 
@@ -131,7 +138,7 @@ class GPUTreesMixin(JakiroRunnerMixin):
         emitted = result[3]
         for request, draws in self._draws.items():
             draws.keep(len(emitted[request]))
-        self._draws = {}
+        self._draws = MappingProxyType({})
         return result
 
     # Drafting

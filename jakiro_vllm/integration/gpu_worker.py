@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -30,6 +31,8 @@ def select_tree_backend(vllm_config: VllmConfig) -> None:
         )
     backend = f"{TreeTritonAttentionBackend.__module__}.{TreeTritonAttentionBackend.__qualname__}"
     register_backend(AttentionBackendEnum.CUSTOM, backend)
+    # An engine that ran in this process before may have left another backend in this slot.
+    selector._cached_get_attn_backend.cache_clear()
     config.backend = AttentionBackendEnum.CUSTOM
 
 
