@@ -280,7 +280,7 @@ def causal_sides(case: Attention) -> Iterator[tuple[str, Callable[[], Any]]]:
     shape = (case.query.shape[0], num_heads, segments)
     partial = torch.empty(*shape, triton.next_power_of_2(dim), dtype=torch.float32, device=DEVICE)
     maxima, sums = (torch.empty(shape, dtype=torch.float32, device=DEVICE) for _ in range(2))
-    out = torch.empty_like(case.query)
+    out, lengths = torch.empty_like(case.query), case.causal.context_lens + rows
     yield (
         "vLLM causal, Triton",
         lambda: unified_attention(
@@ -290,7 +290,7 @@ def causal_sides(case: Attention) -> Iterator[tuple[str, Callable[[], Any]]]:
             out=out,
             cu_seqlens_q=case.causal.row_starts,
             max_seqlen_q=rows,
-            seqused_k=case.causal.context_lens + rows,
+            seqused_k=lengths,
             max_seqlen_k=length,
             softmax_scale=case.scale,
             causal=True,

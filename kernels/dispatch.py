@@ -19,8 +19,8 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
 
 
-def tuned(configs: Sequence[Any], key: Sequence[str]) -> Callable[[Any], Any]:
-    """Picks the fastest of a few configurations per value of ``key``, and keeps the choice on disk.
+def tuned(configs: Sequence[Any], key: Sequence[str], keep: bool = True) -> Callable[[Any], Any]:
+    """Picks the fastest of a few configurations per value of ``key``.
 
     A new key is timed on its first launch, which must not happen while a CUDA graph is captured: run a shape
     once before capturing it. The interpreter takes the first configuration, since nothing can be timed there.
@@ -28,8 +28,9 @@ def tuned(configs: Sequence[Any], key: Sequence[str]) -> Callable[[Any], Any]:
     Args:
         configs: ``triton.Config`` objects, none of which spills registers.
         key: names of the kernel's arguments that the choice depends on.
+        keep: whether to keep the choice on disk; not where it also depends on what is no key, such as a context.
     """
     import triton
 
     chosen = list(configs[:1]) if interpreted() else list(configs)
-    return triton.autotune(configs=chosen, key=list(key), cache_results=True)
+    return triton.autotune(configs=chosen, key=list(key), cache_results=keep)

@@ -31,8 +31,25 @@ from jakiro_vllm.tree.walk import Accepted, walk_sampled
 
 #: Context for which kernels are tuned.
 TYPICAL_CONTEXT = 2048
-#: Rows of prompt chunks, one for each kind of block that attention has.
-PROMPT_CHUNKS = (2, 20, 100, 600)
+#: Rows of a request, one for each height of block that attention has, whatever the heads.
+WARM_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 600)
+#: Requests of a launch: so few that the context is split, and so many that it is not.
+WARM_REQUESTS = (1, 3, 64)
+
+
+def warm_shapes(max_tokens: int, max_requests: int) -> list[tuple[int, int, int]]:
+    """Attention launches that stand for all that serving makes: ``(requests, rows of the longest, rows in all)``.
+
+    Args:
+        max_tokens: rows of a step, at most.
+        max_requests: of a step, at most.
+    """
+    shapes = set()
+    for requests in {min(requests, max_requests) for requests in WARM_REQUESTS}:
+        for rows in {min(rows, max_tokens - requests + 1) for rows in WARM_ROWS}:
+            # All of them as long as the longest, and one long one beside requests that decode.
+            shapes |= {(requests, rows, min(requests * rows, max_tokens)), (requests, rows, rows + requests - 1)}
+    return sorted(shapes)
 
 
 class GPUTreesMixin(JakiroRunnerMixin):
@@ -169,7 +186,7 @@ class GPUTreesMixin(JakiroRunnerMixin):
         Kernels are compiled and tuned here, so the dummy requests get a context as long as real ones have.
         """
         self.num_computed_tokens.fill_(self._typical_context())  # type: ignore[attr-defined]
-        self._warm_attention(PROMPT_CHUNKS)
+        self._warm_attention(warm_shapes(self.max_num_tokens, self.max_num_reqs))  # type: ignore[attr-defined]
         taken = super().capture_model()  # type: ignore[misc]
         self.num_computed_tokens.zero_()  # type: ignore[attr-defined]
         if self.compilation_config.cudagraph_mode == CUDAGraphMode.NONE:
@@ -178,15 +195,38 @@ class GPUTreesMixin(JakiroRunnerMixin):
         self._record_drafts(CUDARecorder())
         return taken + before - torch.accelerator.get_memory_info()[0]
 
-    def _warm_attention(self, sizes: Sequence[int]) -> None:
-        """Runs the target on prompt chunks of these sizes; vLLM's own warm-up leaves their attention out."""
-        for size in sizes:
-            self._dummy_run(  # type: ignore[attr-defined]
-                min(size, self.max_num_tokens),  # type: ignore[attr-defined]
-                cudagraph_runtime_mode=CUDAGraphMode.NONE,
-                force_attention=True,
-                skip_eplb=True,
-            )
+    @torch.inference_mode()
+    def _warm_attention(self, shapes: Sequence[tuple[int, int, int]]) -> None:
+        """Launches attention in these shapes, for each kind of layer: vLLM's own warm-up leaves most of them out."""
+        layers = self.compilation_config.static_forward_context
+        names = [name for group in self.kv_cache_config.kv_cache_groups for name in group.layer_names]
+        kinds = {}
+        for layer in (layers[name] for name in names):
+            impl = layer.impl
+            key = impl.num_heads, impl.num_kv_heads, impl.head_size, impl.window, impl.logits_soft_cap, impl.quantized
+            kinds[key] = layer
+        context = self._typical_context()
+        for layer in kinds.values():
+            impl, page_size = layer.impl, layer.kv_cache.shape[2]
+            for requests, longest, total in shapes:
+                # The longest comes first; what is left is shared out, at most as many rows to each.
+                each = (total - longest) // max(1, requests - 1)
+                lengths = torch.tensor([longest] + [each] * (requests - 1), dtype=torch.int32)
+                starts = torch.cat([torch.zeros(1, dtype=torch.int32), lengths.cumsum(0, dtype=torch.int32)])
+                rows = int(starts[-1])
+                pages = -(-(context + longest) // page_size)
+                integers = torch.zeros(2, rows, dtype=torch.int64, device=self.device)
+                seen = BatchRows(
+                    block_tables=torch.zeros(requests, pages, dtype=torch.int32, device=self.device),
+                    row_starts=starts.to(self.device),
+                    context_lens=torch.full((requests,), context, dtype=torch.int32, device=self.device),
+                    ancestors=integers[0],
+                    depths=integers[1],
+                    max_rows=longest,
+                )
+                dtype = self.vllm_config.model_config.dtype  # type: ignore[attr-defined]
+                query = torch.zeros(rows, impl.num_heads, impl.head_size, dtype=dtype, device=self.device)
+                impl.attend(layer, query, layer.kv_cache, seen, torch.empty_like(query))
 
     @torch.inference_mode()
     def _record_drafts(self, record: Recorder) -> None:
@@ -197,8 +237,9 @@ class GPUTreesMixin(JakiroRunnerMixin):
 
     def _typical_context(self) -> int:
         """Tokens of a request that is being served; its pages are all page 0 while nothing is."""
-        longest = self.max_model_len - self.drafter.tree_config.num_nodes  # type: ignore[attr-defined]
-        return max(0, min(TYPICAL_CONTEXT, longest))
+        # Graphs are captured with up to this many rows in one request, which need room in its block table too.
+        rows = max(self.drafter.tree_config.num_nodes, self.compilation_config.max_cudagraph_capture_size or 0)
+        return max(0, min(TYPICAL_CONTEXT, self.max_model_len - rows))  # type: ignore[attr-defined]
 
     def _empty_input(self, batch: int) -> DraftInput:
         head = self.drafter.drafter.head

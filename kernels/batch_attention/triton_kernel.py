@@ -405,7 +405,7 @@ def _kind(block: int, block_dim: int, dtype: torch.dtype) -> str:
 @functools.cache
 def _tuned_attend(kind: str) -> Any:
     """The attention kernel with its kind's configurations; timed anew where the work differs in kind."""
-    return tuned(_CONFIGS[kind], key=["HEAD_SIZE", "GROUP", "BLOCK_M", "SPLIT", "WINDOW"])(attend)
+    return tuned(_CONFIGS[kind], key=["HEAD_SIZE", "GROUP", "BLOCK_M", "SPLIT", "WINDOW"], keep=False)(attend)
 
 
 @functools.cache

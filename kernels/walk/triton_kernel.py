@@ -16,7 +16,10 @@ from ..aot import Variant
 NUM_WARPS = 1
 
 
-@triton.jit(do_not_specialize=["N", "S", "stride_t", "stride_p", "stride_s"])
+# The counts may be a row of a larger tensor, aligned for some batches and not for others.
+@triton.jit(
+    do_not_specialize=["N", "S", "stride_t", "stride_p", "stride_s"], do_not_specialize_on_alignment=["p_num_nodes"]
+)
 def walk_kernel(
     p_tokens,  # [B, N] int64
     p_parents,  # [B, N] int64

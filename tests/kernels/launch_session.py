@@ -124,12 +124,12 @@ def control_kernel(out, SIZE: tl.constexpr):
     tl.store(out, SIZE)
 
 
-def prefill(batch: int, rows: int, context_pages: int = 64) -> None:
-    """Attention of a step with prompt chunks."""
+def attend(batch: int, rows: int, total: int | None = None, context_pages: int = 64) -> None:
+    """Attention of a step with prompt chunks; by default one chunk beside requests that decode."""
     pages = zeros(5, KV_HEADS, 16, 2 * DIM, dtype=BF16)
     keys, values = pages.transpose(1, 2).split(DIM, dim=-1)
     tables, starts = zeros(batch, context_pages, dtype=torch.int32), zeros(batch + 1, dtype=torch.int32)
-    total = rows + batch - 1  # one chunk beside requests that decode
+    total = rows + batch - 1 if total is None else total
     seen = BatchRows(tables, starts, zeros(batch, dtype=torch.int32), zeros(total), zeros(total), rows)
     query = zeros(total, HEADS, DIM, dtype=BF16)
     batch_attention(query, keys, values, seen, 0.1, torch.empty_like(query))
@@ -149,7 +149,7 @@ def step(batch: int, rows: int, context_pages: int) -> None:
     batch_attention(query, keys, values, seen, 0.1, torch.empty_like(query))
 
     trees = [zeros(batch, NODES) for _ in range(3)]
-    path, _, accepted = walk_samples(trees[0], trees[1], zeros(batch) + 1, trees[2], DEPTH)
+    path, _, accepted = walk_samples(trees[0], trees[1], zeros(2, batch)[1], trees[2], DEPTH)
     compact(LayerPages.of([pages, pages.clone()]), zeros(4096)[:total], zeros(batch), path, accepted)
 
     pool, beam = Pool.empty(batch, TOP_K + (DEPTH - 1) * TOP_K**2, "cpu"), Beam.root(batch, "cpu")
@@ -179,17 +179,20 @@ def step(batch: int, rows: int, context_pages: int) -> None:
 
 
 def main() -> None:
-    """Warms up with the batch sizes and prompt chunks in WARM, then takes steps of other sizes."""
-    batches, chunks = json.loads(sys.argv[2])
+    """Warms up with the batch sizes and attention shapes in WARM, then takes steps of other sizes."""
+    batches, shapes = json.loads(sys.argv[2])
     for batch in batches:
         step(batch, NODES, 64)
-    for rows in chunks:
-        prefill(3, rows)
+    for shape in shapes:
+        attend(*shape)
     warm = dict(COMPILED)
     for batch in (3, 5, 7, 11, 16, 13, 2):
         step(batch, NODES, 64)
-    for batch, rows in ((1, 3), (5, 19), (9, 777), (2, 1024), (4, 2047), (7, 515), (2, 80), (3, 200)):
-        prefill(batch, rows)
+    for batch in (1, 2, 5, 9, 17, 40, 64):
+        for rows in (1, 3, 5, 9, 12, 19, 31, 48, 80, 101, 200, 255, 515, 777, 1024, 2047):
+            attend(batch, rows)
+            if batch * rows <= 2048:
+                attend(batch, rows, batch * rows)
     answer = {"launches": LAUNCHES, "compiled": COMPILED, "warm": warm, "grids": GRIDS}
     Path(sys.argv[1]).write_text(json.dumps(answer))
 

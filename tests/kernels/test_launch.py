@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from jakiro_vllm.decode.graphs import BATCH_SIZES
-from jakiro_vllm.integration.gpu_runner import PROMPT_CHUNKS
+from jakiro_vllm.integration.gpu_runner import warm_shapes
 
 pytest.importorskip("triton", reason="needs Triton")
 
@@ -39,7 +39,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Launches and compilations, by kernel."""
     folder = tmp_path_factory.mktemp("launch")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    warm = [[size for size in BATCH_SIZES if size <= 16], PROMPT_CHUNKS]
+    warm = [[size for size in BATCH_SIZES if size <= 16], warm_shapes(max_tokens=2048, max_requests=64)]
     done = subprocess.run(
         [sys.executable, str(SESSION), str(folder / "answer.json"), json.dumps(warm)],
         env=environment | {"TRITON_CACHE_DIR": str(folder / "cache")},
