@@ -265,7 +265,6 @@ ENTRIES: tuple[Entry, ...] = (
         (f"{_RUNNER}.profile_run", OVERRIDDEN, "self randomize_inputs"),
         (f"{_WORKER}.determine_available_memory", REFERS, "profile_run"),
         (f"{_RUNNER}.capture_model", OVERRIDDEN, "self"),
-        (f"{_RUNNER}._dummy_run", CALLED, "self num_tokens * cudagraph_runtime_mode force_attention skip_eplb"),
         (_WORKER, REFERS, "capture_model"),  # from where in it differs between versions
         (f"{_RUNNER}._sync_device", CALLED, "self"),
         (f"{_RUNNER}.__init__", STORES, "max_num_tokens max_num_reqs"),
