@@ -181,7 +181,10 @@ def check_target(args: EngineArgs, target: ModelConfig, parallel: ParallelConfig
         ),
         (parallel.use_ubatching, "dual batch overlap is not supported with trees yet"),
         (args.enable_lora, "LoRA adapters are not supported with trees yet"),
-        (args.kv_transfer_config is not None, "KV connectors would see unverified tokens"),
+        (
+            args.kv_transfer_config is not None or args.kv_offloading_size is not None,
+            "KV connectors would see unverified tokens",
+        ),
         (
             kv_cache_dtype not in KV_CACHE_DTYPES[worker],
             f"KV cache dtype {kv_cache_dtype!r} is not supported with trees yet",
