@@ -109,17 +109,6 @@ class TreeDrafter:
         cache.write(*self.head.keys_values(x, rows.positions))
         return x
 
-    def draft(self, rows: RoundInput, last: Tensor, cache: HeadCache) -> TreeBatch:
-        """Observes a step and grows the next trees.
-
-        Args:
-            rows: the committed rows of all requests.
-            last: ``[B] int64`` index of the last row of each request that drafts.
-            cache: of the requests that draft; written for all.
-        """
-        x = self.observe(rows, cache)
-        return self.grow(Roots(x[last], rows.next_tokens[last], rows.positions[last]), cache)
-
     def grow(self, roots: Roots, cache: HeadCache) -> TreeBatch:
         """Grows one tree per root: launches only, nothing whose shape or course depends on a value."""
         batch, device = roots.x.shape[0], roots.x.device

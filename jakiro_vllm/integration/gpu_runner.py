@@ -70,7 +70,9 @@ class GPUTreesMixin(JakiroRunnerMixin):
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         """As vLLM's, which calls it a first time to measure graphs; the buffers that graphs read are made once."""
         super().initialize_kv_cache(*args, **kwargs)
-        self._pages = None  # of the new cache
+        self._pages = self._graphs = None  # of the new cache
+        # vLLM launches attention before it captures graphs, too, and kernels are tuned at their first launch.
+        self.num_computed_tokens.fill_(self._typical_context())  # type: ignore[attr-defined]
         if self._rows is None:
             shape = 2, self.max_num_tokens  # type: ignore[attr-defined]
             self._rows = torch.zeros(shape, dtype=torch.int64, device=self.device)
@@ -80,7 +82,9 @@ class GPUTreesMixin(JakiroRunnerMixin):
     def _attach_trees(self, step: Step | None, per_layer: dict[str, Any]) -> None:
         assert self._rows is not None
         ancestors, depths = self._rows
-        if step is not None:
+        if step is None:
+            ancestors.zero_()
+        else:
             rows = int(step.row_counts.sum())
             if step.ancestors is None or step.depths is None:
                 ancestors[:rows].zero_()
@@ -199,14 +203,16 @@ class GPUTreesMixin(JakiroRunnerMixin):
     def _warm_attention(self, shapes: Sequence[tuple[int, int, int]]) -> None:
         """Launches attention in these shapes, for each kind of layer: vLLM's own warm-up leaves most of them out."""
         layers = self.compilation_config.static_forward_context
-        names = [name for group in self.kv_cache_config.kv_cache_groups for name in group.layer_names]
         kinds = {}
-        for layer in (layers[name] for name in names):
-            impl = layer.impl
-            key = impl.num_heads, impl.num_kv_heads, impl.head_size, impl.window, impl.logits_soft_cap, impl.quantized
-            kinds[key] = layer
+        for number, group in enumerate(self.kv_cache_config.kv_cache_groups):
+            # As wide as in service: how often a context is split follows from it.
+            pages = self.input_batch.block_table[number].get_device_tensor(1).shape[1]
+            for layer in (layers[name] for name in group.layer_names):
+                impl = layer.impl
+                shape = impl.num_heads, impl.num_kv_heads, impl.head_size
+                kinds[*shape, impl.window, impl.logits_soft_cap, impl.quantized, pages] = layer, pages
         context = self._typical_context()
-        for layer in kinds.values():
+        for layer, width in kinds.values():
             impl, page_size = layer.impl, layer.kv_cache.shape[2]
             for requests, longest, total in shapes:
                 # The longest comes first; what is left is shared out, at most as many rows to each.
@@ -214,7 +220,7 @@ class GPUTreesMixin(JakiroRunnerMixin):
                 lengths = torch.tensor([longest] + [each] * (requests - 1), dtype=torch.int32)
                 starts = torch.cat([torch.zeros(1, dtype=torch.int32), lengths.cumsum(0, dtype=torch.int32)])
                 rows = int(starts[-1])
-                pages = -(-(context + longest) // page_size)
+                pages = max(width, -(-(context + longest) // page_size))
                 integers = torch.zeros(2, rows, dtype=torch.int64, device=self.device)
                 seen = BatchRows(
                     block_tables=torch.zeros(requests, pages, dtype=torch.int32, device=self.device),

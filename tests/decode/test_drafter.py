@@ -18,7 +18,7 @@ from reference_head import ReferenceHead
 from torch import Tensor
 
 from jakiro_vllm.config import TreeConfig
-from jakiro_vllm.decode.drafter import RoundInput, TreeDrafter
+from jakiro_vllm.decode.drafter import Roots, RoundInput, TreeDrafter
 from jakiro_vllm.draft.candidates import resolve_policy
 from jakiro_vllm.draft.checkpoint import load_head
 from jakiro_vllm.tree.batch import TreeBatch
@@ -117,7 +117,8 @@ def draft_once(case: Case, folder: Path, seed: int) -> Result:
         cache.begin(requests, drafting)
         if is_last:
             last = torch.tensor([max(t for t, r in enumerate(requests) if r == request) for request in drafting])
-            trees = drafter.draft(inputs, last, cache)
+            x = drafter.observe(inputs, cache)
+            trees = drafter.grow(Roots(x[last], inputs.next_tokens[last], inputs.positions[last]), cache)
         else:
             drafter.observe(inputs, cache)
             assert cache.attends == 0, "committed rows need keys and values only"
