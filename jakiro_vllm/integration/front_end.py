@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jakiro_vllm.config import TreeConfig
+from jakiro_vllm.decode.graphs import BATCH_SIZES
 from jakiro_vllm.draft.checkpoint import read_spec
 from jakiro_vllm.draft.fit import TargetSizes, check_fit
 from jakiro_vllm.draft.registry import locate_head
@@ -33,6 +34,8 @@ KV_CACHE_DTYPES: dict[str, tuple[str, ...]] = {
     WORKERS["cuda"]: (*_FULL_PRECISION, "fp8", "fp8_e4m3"),
 }
 ADDITIONAL_CONFIG_KEY = "jakiro"
+#: Rows up to which any number of trees has a graph of its own, as many as vLLM itself captures.
+DENSE_ROWS = 512
 #: Programs in which nobody catches an exception of ours.
 COMMANDS = ("vllm", "api_server.py")
 ALLOWED_KEYS = ("method", "model", "num_speculative_tokens", "tree")
@@ -105,6 +108,8 @@ def _select(args: EngineArgs, target: ModelConfig, parallel: ParallelConfig) -> 
     from jakiro_vllm.integration.metrics import export_depths
 
     export_depths(PROPOSER, config.depth)
+    if worker == WORKERS["cuda"]:
+        capture_trees(args, config.num_nodes)
     parallel.worker_cls = args.worker_cls = worker  # the arguments may be asked for a configuration again
     args.spec_method = args.spec_model = args.spec_tokens = None
     args.speculative_config = {
@@ -154,6 +159,25 @@ def choose_worker() -> str:
         f"method 'jakiro' runs on vLLM's CPU and CUDA platforms, got {current_platform.device_type!r} "
         f"({current_platform.device_name}); serve without speculation"
     )
+
+
+def capture_trees(args: EngineArgs, num_nodes: int) -> None:
+    """Lets the target replay graphs for as many requests as the draft does, unless the user chose the sizes.
+
+    vLLM's own list ends at 512 rows, which 31 requests with trees of 17 rows exceed. Sizes are whole trees, as vLLM
+    would round them.
+
+    Args:
+        args: of the engine.
+        num_nodes: rows of a tree.
+    """
+    places = (args, args.compilation_config)
+    if args.enforce_eager or any(p.cudagraph_capture_sizes or p.max_cudagraph_capture_size for p in places):
+        return
+    requests = {*range(1, DENSE_ROWS // num_nodes + 1), *BATCH_SIZES}
+    rows = {count * num_nodes for count in requests if count <= (args.max_num_seqs or max(BATCH_SIZES))}
+    sizes = sorted(count for count in rows if count <= (args.max_num_batched_tokens or max(rows)))
+    args.cudagraph_capture_sizes = sizes or None
 
 
 def check_target(args: EngineArgs, target: ModelConfig, parallel: ParallelConfig, worker: str) -> None:

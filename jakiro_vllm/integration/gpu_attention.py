@@ -80,6 +80,11 @@ class TreeTritonAttentionBackend(TritonAttentionBackend):
         return False
 
     @classmethod
+    def supports_kv_connector(cls) -> bool:
+        """No: a connector would save rows that are moved or rejected later."""
+        return False
+
+    @classmethod
     def supports_batch_invariance(cls) -> bool:
         """No: how a context is split depends on the batch."""
         return False

@@ -22,17 +22,19 @@ from jakiro_vllm.integration.gpu_attention import TreeTritonAttentionBackend
 from jakiro_vllm.integration.head_cache import GPUHeadCache, NoPages
 from jakiro_vllm.integration.proposer import HEAD_LAYER
 from jakiro_vllm.integration.runner import JakiroRunnerMixin, Step
-from jakiro_vllm.integration.sampling import Draws, independent_of_path, sample_rows
+from jakiro_vllm.integration.sampling import Draws, independent_of_path, random_sampling, sample_rows
 from jakiro_vllm.kernels.batch_attention import BatchRows
 from jakiro_vllm.kernels.compaction import LayerPages, compact
 from jakiro_vllm.transfer import upload
-from jakiro_vllm.tree.batch import TreeBatch
+from jakiro_vllm.tree.batch import TreeBatch, chains
 from jakiro_vllm.tree.walk import Accepted, walk_sampled
 
 #: Context for which kernels are tuned.
 TYPICAL_CONTEXT = 2048
 #: Rows of a request, one for each height of block that attention has, whatever the heads.
 WARM_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 600)
+#: Bytes that the driver takes for a recorded graph, besides its memory pool.
+GRAPH_OVERHEAD = 1 << 20
 #: Requests of a launch: so few that the context is split, and so many that it is not.
 WARM_REQUESTS = (1, 3, 64)
 
@@ -77,6 +79,11 @@ class GPUTreesMixin(JakiroRunnerMixin):
             shape = 2, self.max_num_tokens  # type: ignore[attr-defined]
             self._rows = torch.zeros(shape, dtype=torch.int64, device=self.device)
 
+    def shutdown(self) -> None:
+        """See the base class."""
+        self._pages = self._graphs = None
+        super().shutdown()
+
     # Attention
 
     def _attach_trees(self, step: Step | None, per_layer: dict[str, Any]) -> None:
@@ -107,11 +114,14 @@ class GPUTreesMixin(JakiroRunnerMixin):
         assert step.accepted is not None and step.metadata is not None
         if not step.has_tree.any():
             return
-        if self._pages is None:
-            self._pages = list(self._collect_pages())
-        for layer, pages in self._pages:
+        for layer, pages in self._layer_pages():
             slots = step.metadata[layer].slot_mapping
             compact(pages, slots, step.tree_starts, step.accepted.path, step.accepted.num_accepted)
+
+    def _layer_pages(self) -> list[tuple[str, LayerPages]]:
+        if self._pages is None:
+            self._pages = list(self._collect_pages())
+        return self._pages
 
     def _collect_pages(self) -> Iterator[tuple[str, LayerPages]]:
         """Per KV group and element size, the name of one layer and the pages of all; the head writes its own."""
@@ -145,7 +155,7 @@ class GPUTreesMixin(JakiroRunnerMixin):
             requests,
             step.trees.depths[requests, nodes].clamp(max=levels),
             {i: g for i, g in metadata.generators.items() if not discarded[i]},
-            list(zip((ends - counts).tolist(), ends.tolist(), strict=True)),
+            counts.tolist(),
             levels + 1,
         )
         columns = torch.arange(step.trees.width, device=self.device)
@@ -178,11 +188,52 @@ class GPUTreesMixin(JakiroRunnerMixin):
         return self.drafter.drafter.grow(given.roots, cache)
 
     def profile_run(self, *args: Any, **kwargs: Any) -> None:
-        """As vLLM's; then the largest draft, whose memory must not go to the KV cache."""
+        """As vLLM's; then the largest verification and draft, whose memory must not go to the KV cache."""
         super().profile_run(*args, **kwargs)  # type: ignore[misc]
-        drafter = self.drafter.drafter
-        drafter.grow(self._empty_input(self.max_num_reqs).roots, NoPages())  # type: ignore[attr-defined]
+        self._profile_verification()
+        self._draft_without_pages(self.max_num_reqs)  # type: ignore[attr-defined]
         self._sync_device()  # type: ignore[attr-defined]
+
+    @torch.inference_mode()
+    def _profile_verification(self) -> None:
+        """Logits of as many tree rows as a step may have; vLLM's own run takes one row per request."""
+        nodes = self.drafter.tree_config.num_nodes
+        requests = max(1, min(self.max_num_reqs, self.max_num_tokens // nodes))  # type: ignore[attr-defined]
+        head = self.drafter.drafter.head
+        hidden = torch.rand(requests * nodes, head.spec.hidden_size, dtype=head.fc.weight.dtype, device=self.device)
+        logits = self.model.compute_logits(hidden)  # type: ignore[attr-defined]
+        batch = random_sampling(requests, logits)
+        generators = {i: torch.Generator(self.device).manual_seed(0) for i in range(requests)}
+        rows = torch.arange(requests * nodes, device=self.device)
+        levels = self.drafter.tree_config.depth + 1
+        sample_rows(
+            self.sampler,  # type: ignore[attr-defined]
+            logits,
+            batch,
+            rows // nodes,
+            rows % nodes % levels,
+            generators,
+            [nodes] * requests,
+            levels,
+        )
+
+    @torch.inference_mode()
+    def _draft_without_pages(self, batch: int) -> TreeBatch:
+        return self.drafter.drafter.grow(self._empty_input(batch).roots, NoPages())
+
+    def profile_cudagraph_memory(self) -> int:
+        """As vLLM's, and the draft's graphs: the largest is recorded once, without pages, and dropped."""
+        taken = super().profile_cudagraph_memory()  # type: ignore[misc]
+        if self.compilation_config.cudagraph_mode == CUDAGraphMode.NONE:
+            return taken
+        sizes = self._draft_sizes()
+        torch.accelerator.synchronize()
+        before = torch.accelerator.get_memory_info()[0]
+        recorded = CUDARecorder()(lambda: self._draft_without_pages(sizes[-1]))
+        torch.accelerator.synchronize()
+        first = before - torch.accelerator.get_memory_info()[0]
+        del recorded
+        return taken + first + (len(sizes) - 1) * GRAPH_OVERHEAD
 
     def capture_model(self) -> int:
         """As vLLM's; then the draft's graphs.
@@ -191,6 +242,7 @@ class GPUTreesMixin(JakiroRunnerMixin):
         """
         self.num_computed_tokens.fill_(self._typical_context())  # type: ignore[attr-defined]
         self._warm_attention(warm_shapes(self.max_num_tokens, self.max_num_reqs))  # type: ignore[attr-defined]
+        self._warm_verification()
         taken = super().capture_model()  # type: ignore[misc]
         self.num_computed_tokens.zero_()  # type: ignore[attr-defined]
         if self.compilation_config.cudagraph_mode == CUDAGraphMode.NONE:
@@ -236,10 +288,28 @@ class GPUTreesMixin(JakiroRunnerMixin):
 
     @torch.inference_mode()
     def _record_drafts(self, record: Recorder) -> None:
-        sizes = [size for size in BATCH_SIZES if size <= self.max_num_reqs]  # type: ignore[attr-defined]
+        sizes = self._draft_sizes()
         buffers = self._empty_input(sizes[-1])
         buffers.context_lens.fill_(self._typical_context())
         self._graphs = DraftGraphs(self._draft, buffers, sizes, record)
+
+    def _draft_sizes(self) -> list[int]:
+        return [size for size in BATCH_SIZES if size <= self.max_num_reqs]  # type: ignore[attr-defined]
+
+    @torch.inference_mode()
+    def _warm_verification(self) -> None:
+        """Compiles the walk, compaction and the head's cache write; rows of no slot, so that nothing is written."""
+        config = self.drafter.tree_config
+        tokens = torch.full((1, config.num_nodes), -1, dtype=torch.int64, device=self.device)
+        for levels in (0, config.depth):  # of a step without trees, and of one with
+            accepted = walk_sampled(chains(tokens, torch.ones_like(tokens[:, 0])), tokens, levels)
+            slots = torch.full_like(tokens[0], -1)
+            for _, pages in self._layer_pages():
+                compact(pages, slots, torch.zeros_like(slots[:1]), accepted.path, accepted.num_accepted)
+        head = self.drafter.drafter.head
+        x = torch.zeros(config.num_nodes, head.spec.hidden_size, dtype=head.fc.weight.dtype, device=self.device)
+        keys, values = head.keys_values(x, slots.clamp(min=0))
+        self.drafter.attention.impl.write_rows(self.drafter.attention, keys, values, slots)
 
     def _typical_context(self) -> int:
         """Tokens of a request that is being served; its pages are all page 0 while nothing is."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from vllm.config import VllmConfig
 from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -39,6 +41,9 @@ def select_tree_backend(vllm_config: VllmConfig) -> None:
 class JakiroGPUWorker(Worker):
     """Builds the runner and selects the tree backend, in this process only."""
 
+    #: The head's tensors in host memory during a sleep of level 2.
+    _head_at_rest: Sequence[torch.Tensor] = ()
+
     def init_device(self) -> None:
         """As vLLM's.
 
@@ -51,6 +56,23 @@ class JakiroGPUWorker(Worker):
             raise JakiroConfigError("method 'jakiro' needs vLLM's model runner V1; unset VLLM_USE_V2_MODEL_RUNNER")
         select_tree_backend(self.vllm_config)
         super().init_device()
+
+    def sleep(self, level: int = 1) -> None:
+        """As vLLM's; level 2 drops all weights, and a reload of the target's would not bring back the head's."""
+        if level == 2:
+            self._head_at_rest = [
+                tensor.detach().to("cpu", copy=True) for tensor in self.model_runner.drafter.tensors()
+            ]
+        super().sleep(level)
+
+    @torch.inference_mode()
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        """As vLLM's; then the head is restored in place, where graphs look for it."""
+        super().wake_up(tags)
+        if self._head_at_rest and (tags is None or "weights" in tags):
+            for tensor, kept in zip(self.model_runner.drafter.tensors(), self._head_at_rest, strict=True):
+                tensor.copy_(kept)
+            self._head_at_rest = ()
 
     def _make_model_runner(self) -> Any:
         return JakiroGPUModelRunner(self.vllm_config, self.device)

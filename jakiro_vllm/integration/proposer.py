@@ -76,6 +76,27 @@ class JakiroProposer:
             self.tree_config.depth,
             self.drafter.num_forwards,
         )
+        scheduler, nodes = config.scheduler_config, self.tree_config.num_nodes
+        fitting = scheduler.max_num_batched_tokens // nodes
+        if fitting < scheduler.max_num_seqs:
+            logger.info(
+                "A step of %d tokens advances %d requests with trees of %d rows; up to %d are admitted, and the last "
+                "of them wait meanwhile (--max-num-batched-tokens, --max-num-seqs)",
+                scheduler.max_num_batched_tokens,
+                fitting,
+                nodes,
+                scheduler.max_num_seqs,
+            )
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All that the head computes with, apart from what it shares with the target and the KV pages."""
+        head = self.drafter.head
+        return [*head.parameters(), *head.buffers(), *self.attention.buffers()]
+
+    def release(self) -> None:
+        """Drops the head, and with it what it holds of the target."""
+        for name in ("drafter", "attention"):
+            self.__dict__.pop(name, None)
 
     def propose(self, *args: Any, **kwargs: Any) -> list[list[int]]:
         """Never called: the runner drafts, with the target's hidden states."""

@@ -125,6 +125,12 @@ class JakiroRunnerMixin:
         if holder is not None:
             holder.in_spec_mode = False
 
+    def shutdown(self) -> None:
+        """As vLLM's, which frees the target's memory for who goes on in this process; the head's too."""
+        self._step = self._store = None
+        self.drafter.release()
+        super().shutdown()  # type: ignore[misc]
+
     # Inputs
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:

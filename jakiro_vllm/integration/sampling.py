@@ -7,12 +7,13 @@ drawn exactly once per emitted token, as in plain decoding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import (
     apply_top_k_top_p,
@@ -47,18 +48,47 @@ def _idle(processor: Any) -> bool:
     return False
 
 
+def random_sampling(requests: int, logits: Tensor) -> SamplingMetadata:
+    """Metadata of requests that sample with top-k and top-p: what takes the most memory.
+
+    Args:
+        requests: how many.
+        logits: ``[L, V]``, for the device and V.
+    """
+
+    def every(value: float | int) -> Tensor:
+        return torch.full((requests,), value, device=logits.device)
+
+    return SamplingMetadata(
+        temperature=every(0.5),
+        all_greedy=False,
+        all_random=False,
+        top_p=every(0.9),
+        top_k=every(logits.shape[1] - 1),
+        generators={},
+        max_num_logprobs=None,
+        no_penalties=True,
+        prompt_token_ids=None,
+        frequency_penalties=every(0.0),
+        presence_penalties=every(0.0),
+        repetition_penalties=every(1.0),
+        output_token_ids=[],
+        allowed_token_ids_mask=None,
+        bad_words_token_ids={},
+        logitsprocs=LogitsProcessors(),
+    )
+
+
 @dataclass(frozen=True)
 class Draws:
-    """What a request's generator drew for one step.
+    """What a request's generator drew in one step.
 
     Attributes:
         generator: the request's own.
-        noise: ``[S, V]`` exponential noise, one row per depth.
         states: of the generator after 0, 1, ... draws.
     """
 
     generator: torch.Generator
-    noise: Tensor
     states: Sequence[Tensor]
 
     def keep(self, count: int) -> None:
@@ -66,7 +96,7 @@ class Draws:
         self.generator.set_state(self.states[count])
 
 
-def draw(generator: torch.Generator, count: int, like: Tensor, fp64: bool) -> Draws:
+def draw(generator: torch.Generator, count: int, like: Tensor, fp64: bool) -> tuple[Tensor, Draws]:
     """Draws for ``count`` depths, each exactly as vLLM's sampler draws for one token.
 
     Args:
@@ -74,13 +104,16 @@ def draw(generator: torch.Generator, count: int, like: Tensor, fp64: bool) -> Dr
         count: S.
         like: ``[*, V] float32`` probabilities.
         fp64: whether vLLM was told to use double precision here.
+
+    Returns:
+        ``([S, V], draws)``: exponential noise, one row per depth.
     """
     noise = empty_exponential_noise_like(like[:1].expand(count, -1), fp64)
     states = [generator.get_state()]
     for row in noise:
         row.exponential_(generator=generator)
         states.append(generator.get_state())
-    return Draws(generator, noise, states)
+    return noise, Draws(generator, states)
 
 
 def sample_rows(
@@ -90,12 +123,13 @@ def sample_rows(
     requests: Tensor,
     depths: Tensor,
     generators: Mapping[int, torch.Generator],
-    spans: Sequence[tuple[int, int]],
+    counts: Sequence[int],
     levels: int,
 ) -> tuple[Tensor, dict[int, Draws]]:
     """Samples the target's next token after every row, as vLLM's sampler would after that row alone.
 
-    L rows in all, those of a request side by side.
+    L rows in all, those of a request side by side and in the order of the requests. Requests are taken together up
+    to ``ROWS_AT_ONCE`` rows: probabilities of all rows of a large step would take gigabytes.
 
     Args:
         sampler: vLLM's.
@@ -104,42 +138,68 @@ def sample_rows(
         requests: ``[L] int64`` the request of each row.
         depths: ``[L] int64`` depth of each row, below ``levels``.
         generators: of the seeded requests whose sample counts, by request.
-        spans: first and one past the last row of each request.
+        counts: rows of each request, L in sum.
         levels: draws per seeded request.
 
     Returns:
         ``([L] int64, draws)``: tokens, and what each seeded request drew, to be rewound to what it emitted.
     """
-    rows = replace(
-        metadata,
-        temperature=_at(metadata.temperature, requests),
-        top_p=_at(metadata.top_p, requests),
-        top_k=_at(metadata.top_k, requests),
-        generators={},
-        output_token_ids=[],
-        spec_token_ids=None,
-    )
-    if not generators or metadata.all_greedy:
-        output = sampler(logits=logits, sampling_metadata=rows)
-        return output.sampled_token_ids.squeeze(1).long(), {}
-
-    logits = logits.float()
-    greedy = None if rows.all_random else sampler.greedy_sample(logits)
-    logits = sampler.apply_temperature(logits, rows.temperature, rows.all_random)
-    probs = apply_top_k_top_p(logits, rows.top_k, rows.top_p).softmax(dim=-1, dtype=torch.float32)
-    fp64 = sampler.topk_topp_sampler.use_fp64_gumbel
-    noise = empty_exponential_noise_like(probs, fp64).exponential_()
-    draws = {}
-    for request, generator in generators.items():
-        draws[request] = draw(generator, levels, probs, fp64)
-        first, end = spans[request]
-        noise[first:end] = draws[request].noise[depths[first:end]]
-    tokens = sample_with_exponential_noise(probs, noise)
-    if greedy is not None:
-        tokens = greedy.long().where(rows.temperature < GREEDY_BELOW, tokens)
+    tokens, draws = torch.empty_like(requests), dict[int, Draws]()
+    first = 0
+    for batch in _batches(counts):
+        spans, end = {}, first
+        for request in batch:
+            spans[request] = end - first, end - first + counts[request]
+            end += counts[request]
+        part, first = slice(first, end), end
+        rows = replace(
+            metadata,
+            temperature=_at(metadata.temperature, requests[part]),
+            top_p=_at(metadata.top_p, requests[part]),
+            top_k=_at(metadata.top_k, requests[part]),
+            generators={},
+            output_token_ids=[],
+            spec_token_ids=None,
+        )
+        seeded = {} if metadata.all_greedy else {i: generators[i] for i in batch if i in generators}
+        if not seeded:
+            tokens[part] = sampler(logits=logits[part], sampling_metadata=rows).sampled_token_ids.squeeze(1).long()
+            continue
+        probs, greedy = _probabilities(sampler, logits[part], rows)
+        fp64 = sampler.topk_topp_sampler.use_fp64_gumbel
+        noise = empty_exponential_noise_like(probs, fp64).exponential_()
+        for request, generator in seeded.items():
+            own, draws[request] = draw(generator, levels, probs, fp64)
+            mine = slice(*spans[request])
+            noise[mine] = own[depths[part][mine]]
+        sampled = sample_with_exponential_noise(probs, noise)
+        tokens[part] = sampled if greedy is None else greedy.where(rows.temperature < GREEDY_BELOW, sampled)
     return tokens, draws
 
 
+def _batches(counts: Sequence[int]) -> Iterator[range]:
+    """Consecutive requests of at most ``ROWS_AT_ONCE`` rows together, or one of more."""
+    first, rows = 0, 0
+    for i, count in enumerate(counts):
+        if i > first and rows + count > ROWS_AT_ONCE:
+            yield range(first, i)
+            first, rows = i, 0
+        rows += count
+    if counts:
+        yield range(first, len(counts))
+
+
+def _probabilities(sampler: Any, logits: Tensor, metadata: SamplingMetadata) -> tuple[Tensor, Tensor | None]:
+    """As in vLLM's sampler: ``[L, V] float32`` to draw from, and ``[L] int64`` greedy tokens unless all rows draw."""
+    logits = logits.float()
+    greedy = None if metadata.all_random else sampler.greedy_sample(logits).long()
+    logits = sampler.apply_temperature(logits, metadata.temperature, metadata.all_random)
+    logits = apply_top_k_top_p(logits, metadata.top_k, metadata.top_p)
+    return logits.softmax(dim=-1, dtype=torch.float32), greedy
+
+
+#: Rows whose probabilities are computed together: half a gigabyte per copy with 128k tokens in float32.
+ROWS_AT_ONCE = 1024
 #: vLLM's bound below which a temperature means greedy.
 GREEDY_BELOW = 1e-5
 

@@ -104,6 +104,9 @@ ENTRIES: tuple[Entry, ...] = (
         ("vllm.platforms", ATTRIBUTES, "current_platform"),
         ("vllm.platforms.interface:Platform", ATTRIBUTES, "is_cpu is_cuda device_type device_name"),
         ("vllm.config:ParallelConfig", ATTRIBUTES, "worker_cls"),
+        (_ARGS, ATTRIBUTES, "enforce_eager compilation_config cudagraph_capture_sizes max_cudagraph_capture_size"),
+        (_ARGS, ATTRIBUTES, "max_num_seqs max_num_batched_tokens"),
+        ("vllm.config:CompilationConfig", ATTRIBUTES, "cudagraph_capture_sizes max_cudagraph_capture_size"),
     ),
     *_needed_to(
         "refuse targets and modes without trees",
@@ -127,6 +130,12 @@ ENTRIES: tuple[Entry, ...] = (
         (f"{_PROM}.__init__", OVERRIDDEN, "self speculative_config labelnames per_engine_labelvalues is_diffusion"),
         (f"{_PROM}.observe", OVERRIDDEN, "self spec_decoding_stats engine_idx"),
         ("vllm.v1.spec_decode.metrics:SpecDecodingStats", ATTRIBUTES, "num_drafts num_accepted_tokens_per_pos"),
+    ),
+    *_needed_to(
+        "free the head's memory with the target's",
+        BOTH,
+        (f"{_RUNNER}.shutdown", OVERRIDDEN, "self"),
+        (f"{_WORKER}.shutdown", REFERS, "shutdown"),
     ),
     *_needed_to(
         "give tree rows the positions of their depths",
@@ -260,10 +269,20 @@ ENTRIES: tuple[Entry, ...] = (
         (f"{_RUNNER}.__init__", CALLED, "self vllm_config device"),
     ),
     *_needed_to(
+        "keep the head through a sleep of level 2",
+        CUDA,
+        (f"{_WORKER}.sleep", OVERRIDDEN, "self level"),
+        (f"{_WORKER}.wake_up", OVERRIDDEN, "self tags"),
+        (f"{_WORKER}._init_workspace_and_model_runner", STORES, "model_runner"),
+    ),
+    *_needed_to(
         "replay graphs of the draft",
         CUDA,
         (f"{_RUNNER}.profile_run", OVERRIDDEN, "self randomize_inputs"),
         (f"{_WORKER}.determine_available_memory", REFERS, "profile_run"),
+        (f"{_RUNNER}.profile_cudagraph_memory", OVERRIDDEN, "self"),
+        (f"{_WORKER}.determine_available_memory", REFERS, "profile_cudagraph_memory"),
+        (f"{_RUNNER}.load_model", STORES, "model"),
         (f"{_RUNNER}.capture_model", OVERRIDDEN, "self"),
         (_WORKER, REFERS, "capture_model"),  # from where in it differs between versions
         (f"{_RUNNER}._sync_device", CALLED, "self"),
@@ -307,12 +326,13 @@ ENTRIES: tuple[Entry, ...] = (
         (f"{_TRITON}:TritonAttentionBackend.supports_mm_prefix", OVERRIDDEN, "cls"),
         (f"{_TRITON}:TritonAttentionBackend.supports_sink", OVERRIDDEN, "cls"),
         (f"{_TRITON}:TritonAttentionBackend.supports_rswa", OVERRIDDEN, "cls"),
+        (f"{_TRITON}:TritonAttentionBackend.supports_kv_connector", OVERRIDDEN, "cls"),
         (f"{_TRITON}:TritonAttentionBackend.supports_batch_invariance", OVERRIDDEN, "cls"),
         (
             f"{_BACKEND}:AttentionBackend.validate_configuration",
             REFERS,
             "supports_head_size supports_attn_type supports_non_causal supports_mm_prefix supports_sink "
-            "supports_rswa supports_batch_invariance supports_kv_cache_dtype",
+            "supports_rswa supports_kv_connector supports_batch_invariance supports_kv_cache_dtype",
         ),
         (f"{_BACKEND}:AttentionBackend.supports_kv_cache_dtype", REFERS, "supported_kv_cache_dtypes"),
     ),

@@ -82,7 +82,10 @@ class InterpretedWorker(cpu_worker.CPUWorker):
 
     def compile_or_warm_up_model(self) -> Any:
         result = super().compile_or_warm_up_model()
+        self.model_runner._profile_verification()
+        self.model_runner._draft_without_pages(2)
         self.model_runner._warm_attention([(1, 3, 3), (2, 2, 3)])
+        self.model_runner._warm_verification()
         self.model_runner._record_drafts(record)
         return result
 

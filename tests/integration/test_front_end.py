@@ -136,6 +136,35 @@ def test_workers_are_where_their_names_say(name: str) -> None:
     assert issubclass(getattr(importlib.import_module(module), attribute), WorkerBase)
 
 
+def test_graphs_reach_as_far_as_the_drafts() -> None:
+    """vLLM itself stops at 512 rows, and keeps only sizes of whole trees."""
+    args = EngineArgs(model=str(EMBEDDED_TARGET))
+    front_end.capture_trees(args, 17)
+    assert args.cudagraph_capture_sizes == [17 * n for n in (*range(1, 31), 32, 48, 64)]
+    args = EngineArgs(model=str(EMBEDDED_TARGET), max_num_seqs=40, max_num_batched_tokens=600)
+    front_end.capture_trees(args, 17)
+    assert args.cudagraph_capture_sizes == [17 * n for n in (*range(1, 31), 32)]
+    args = EngineArgs(model=str(EMBEDDED_TARGET), max_num_seqs=3)
+    front_end.capture_trees(args, 61)
+    assert args.cudagraph_capture_sizes == [61, 122, 183]
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"cudagraph_capture_sizes": [1, 2]},
+        {"max_cudagraph_capture_size": 64},
+        {"compilation_config": {"cudagraph_capture_sizes": [1, 2]}},
+        {"enforce_eager": True},
+    ],
+    ids=str,
+)
+def test_graph_sizes_of_the_user_are_kept(chosen: dict[str, Any]) -> None:
+    args = EngineArgs(model=str(EMBEDDED_TARGET), **chosen)
+    front_end.capture_trees(args, 17)
+    assert args.cudagraph_capture_sizes == chosen.get("cudagraph_capture_sizes")
+
+
 SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "no head": ({"method": "jakiro"}, r"needs 'model'"),
     "unknown name": ({"method": "jakiro", "model": "jakiroo"}, r"'jakiroo' is neither a folder nor a hub name"),

@@ -12,7 +12,8 @@ from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
-from jakiro_vllm.integration.sampling import independent_of_path, sample_rows
+from jakiro_vllm.integration import sampling
+from jakiro_vllm.integration.sampling import independent_of_path, random_sampling, sample_rows
 from jakiro_vllm.tree.walk import walk_sampled
 
 VOCAB = 12
@@ -77,8 +78,12 @@ def plain(sampler: Sampler, temperature: float, request: int, generator: Any, co
         pytest.param([0.0, 1.2, 0.0, 0.7], id="mixed"),
     ],
 )
+@pytest.mark.parametrize("rows_at_once", [1, 25, 1024])
 @pytest.mark.parametrize("seed", range(6))
-def test_a_tree_gives_the_tokens_of_plain_decoding(sampler: Sampler, temperatures: list[float], seed: int) -> None:
+def test_a_tree_gives_the_tokens_of_plain_decoding(
+    monkeypatch: pytest.MonkeyPatch, sampler: Sampler, temperatures: list[float], seed: int, rows_at_once: int
+) -> None:
+    monkeypatch.setattr(sampling, "ROWS_AT_ONCE", rows_at_once)
     rng = random.Random(seed)
     shared = metadata(temperatures, {})
     references = [torch.Generator().manual_seed(100 + i) for i in range(4)]
@@ -110,7 +115,7 @@ def test_a_tree_gives_the_tokens_of_plain_decoding(sampler: Sampler, temperature
         torch.tensor(requests),
         torch.tensor(depths),
         generators,
-        spans,
+        [end - first for first, end in spans],
         DEPTH + 1,
     )
     sampled = torch.zeros(4, 20, dtype=torch.int64)
@@ -139,12 +144,32 @@ def test_nodes_of_one_depth_share_a_draw(sampler: Sampler) -> None:
         torch.zeros(6, dtype=torch.int64),
         depths,
         {0: torch.Generator().manual_seed(3)},
-        [(0, 6)],
+        [6],
         3,
     )
     by_depth = [tokens[depths == d].unique().numel() for d in range(3)]
     assert by_depth == [1, 1, 1]
     assert tokens.unique().numel() > 1
+
+
+@pytest.mark.parametrize("counts", [[], [3], [9], [4, 4, 4], [1, 8, 1, 7, 2], [8, 9, 8]])
+def test_whole_requests_are_taken_together(monkeypatch: pytest.MonkeyPatch, counts: list[int]) -> None:
+    monkeypatch.setattr(sampling, "ROWS_AT_ONCE", 8)
+    batches = list(sampling._batches(counts))
+    assert [i for batch in batches for i in batch] == list(range(len(counts)))
+    rows = [sum(counts[i] for i in batch) for batch in batches]
+    assert all(count <= 8 or len(batch) == 1 for count, batch in zip(rows, batches, strict=True))
+    assert all(a + counts[b[0]] > 8 for a, b in zip(rows, batches[1:], strict=False)), "could have been joined"
+
+
+def test_profiling_takes_the_way_of_seeded_requests(sampler: Sampler) -> None:
+    logits = torch.randn(6, VOCAB)
+    generators = {i: torch.Generator().manual_seed(i) for i in range(2)}
+    requests, depths = torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([0, 1, 2] * 2)
+    batch = random_sampling(2, logits)
+    assert independent_of_path(batch)
+    _, draws = sample_rows(sampler, logits, batch, requests, depths, generators, [3, 3], 3)
+    assert draws.keys() == {0, 1}
 
 
 @pytest.mark.parametrize(

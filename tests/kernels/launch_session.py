@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -135,8 +136,37 @@ def attend(batch: int, rows: int, total: int | None = None, context_pages: int =
     batch_attention(query, keys, values, seen, 0.1, torch.empty_like(query))
 
 
+def warm_verification() -> None:
+    """What the runner itself does before it serves."""
+    from jakiro_vllm.config import TreeConfig
+    from jakiro_vllm.integration.gpu_runner import GPUTreesMixin
+
+    pages = [zeros(5, KV_HEADS, 16, 2 * DIM, dtype=BF16) for _ in range(2)]
+    head = SimpleNamespace(
+        spec=SimpleNamespace(hidden_size=HIDDEN),
+        fc=torch.nn.Linear(1, 1, dtype=BF16),
+        keys_values=lambda x, positions: (x, x),
+    )
+    runner: Any = GPUTreesMixin()  # type: ignore[abstract]
+    runner.device, runner._pages = torch.device("cpu"), [("", LayerPages.of(pages))]
+    runner.drafter = SimpleNamespace(
+        tree_config=TreeConfig(depth=DEPTH, top_k=TOP_K, node_budget=NODES - 1),
+        drafter=SimpleNamespace(head=head),
+        attention=SimpleNamespace(impl=SimpleNamespace(write_rows=lambda *given: None)),
+    )
+    runner._warm_verification()
+
+
+def verify(batch: int, rows: int, levels: int) -> None:
+    """The walk and compaction of a step."""
+    trees = [zeros(batch, NODES) for _ in range(3)]
+    path, _, accepted = walk_samples(trees[0], trees[1], zeros(2, batch)[1], trees[2], levels)
+    pages = zeros(5, KV_HEADS, 16, 2 * DIM, dtype=BF16)
+    compact(LayerPages.of([pages, pages.clone()]), zeros(4096)[: batch * rows], zeros(2, batch)[0], path, accepted)
+
+
 def step(batch: int, rows: int, context_pages: int) -> None:
-    """The launches of one step: all that changes from step to step is in its arguments."""
+    """The launches of one step but for its verification: all that changes from step to step is in its arguments."""
     control_kernel[(1,)](zeros(1), SIZE=batch)
     pages = zeros(5, KV_HEADS, 16, 2 * DIM, dtype=BF16)
     keys, values = pages.transpose(1, 2).split(DIM, dim=-1)
@@ -147,10 +177,6 @@ def step(batch: int, rows: int, context_pages: int) -> None:
     seen = BatchRows(tables, starts, contexts, buffers[0, :total], buffers[1, :total], rows)
     query = zeros(total, HEADS, DIM, dtype=BF16)
     batch_attention(query, keys, values, seen, 0.1, torch.empty_like(query))
-
-    trees = [zeros(batch, NODES) for _ in range(3)]
-    path, _, accepted = walk_samples(trees[0], trees[1], zeros(2, batch)[1], trees[2], DEPTH)
-    compact(LayerPages.of([pages, pages.clone()]), zeros(4096)[:total], zeros(batch), path, accepted)
 
     pool, beam = Pool.empty(batch, TOP_K + (DEPTH - 1) * TOP_K**2, "cpu"), Beam.root(batch, "cpu")
     weights = [torch.zeros(shape, dtype=BF16) for shape in ((4, HIDDEN), (4 * HIDDEN, HIDDEN), (HIDDEN, 2 * HIDDEN))]
@@ -185,9 +211,12 @@ def main() -> None:
         step(batch, NODES, 64)
     for shape in shapes:
         attend(*shape)
+    warm_verification()
     warm = dict(COMPILED)
     for batch in (3, 5, 7, 11, 16, 13, 2):
         step(batch, NODES, 64)
+        for levels in (0, DEPTH):
+            verify(batch, NODES, levels)
     for batch in (1, 2, 5, 9, 17, 40, 64):
         for rows in (1, 3, 5, 9, 12, 19, 31, 48, 80, 101, 200, 255, 515, 777, 1024, 2047):
             attend(batch, rows)
