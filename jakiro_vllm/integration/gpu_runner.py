@@ -47,7 +47,8 @@ def warm_shapes(max_tokens: int, max_requests: int) -> list[tuple[int, int, int]
         max_requests: of a step, at most.
     """
     shapes = set()
-    for requests in {min(requests, max_requests) for requests in WARM_REQUESTS}:
+    # With few KV heads only a full batch leaves a context whole.
+    for requests in {min(requests, max_requests) for requests in (*WARM_REQUESTS, max_requests)}:
         for rows in {min(rows, max_tokens - requests + 1) for rows in WARM_ROWS}:
             # All of them as long as the longest, and one long one beside requests that decode.
             shapes |= {(requests, rows, min(requests * rows, max_tokens)), (requests, rows, rows + requests - 1)}

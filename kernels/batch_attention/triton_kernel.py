@@ -6,6 +6,7 @@ A program holds BLOCK_Q rows of one request times the H / G query heads of one K
 matrix), so that each tile of keys and values read from memory serves them all. It walks the columns that its
 rows may see in tiles of BLOCK_N with a running softmax in base 2. Tiles that every row sees whole take no mask.
 Where a launch would leave the GPU idle, the columns are split among several programs, whose sums ``merge`` adds.
+Block tables tell how many splits there are, contexts how many of them have columns: the others end at once.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 
 #: Rows of a program's matrix, at most.
 LARGEST_BLOCK = 128
-#: Splits of the columns, at most, and the fewest columns that are worth one.
-MOST_SPLITS, SPLIT_COLUMNS = 32, 128
+#: Splits of the columns, at most, and the fewest columns that are worth one, whatever the block.
+MOST_SPLITS, SPLIT_COLUMNS = 32, 256
 #: Launches whose requests may have more rows than this take one split: they fill the GPU, and their partial
 #: results would be large.
 MOST_SPLIT_ROWS = 256
@@ -170,7 +171,7 @@ def attend(
     scratch_keys,  # [R, S, G, D] or None
     scratch_values,  # [R, S, G, D] or None
     out,  # [T, H, D], or [splits, T, H, D] float32 where SPLIT
-    stats,  # [2, splits, T, H] float32 where SPLIT: maxima as exponents of 2, and sums
+    stats,  # [2 * splits + 1, T, H] float32 where SPLIT: maxima as exponents of 2, sums, and how many splits count
     scale,
     requests,
     num_rows,
@@ -257,8 +258,11 @@ def attend(
         first = 0
     first_tile, last_tile = first // BLOCK_N, tl.cdiv(end, BLOCK_N)
     if SPLIT:
-        share = tl.cdiv(last_tile - first_tile, tl.num_programs(2))
-        share = tl.maximum(share, tl.cdiv(LEAST_COLUMNS, BLOCK_N))
+        tiles = last_tile - first_tile
+        share = tl.maximum(tl.cdiv(tiles, tl.num_programs(2)), tl.cdiv(LEAST_COLUMNS, BLOCK_N))
+        active = tl.maximum(tl.cdiv(tiles, share), 1)  # splits that have columns; one where nothing is seen
+        if split >= active:
+            return
         first_tile += split * share
         last_tile = tl.minimum(last_tile, first_tile + share)
     whole_tile = first_tile
@@ -306,7 +310,7 @@ def attend(
     if SCRATCH:
         nodes = used
         if SPLIT:
-            nodes = tl.where(split == tl.num_programs(2) - 1, used, 0)
+            nodes = tl.where(split == active - 1, used, 0)
         p_r = request.to(tl.int64)
         p_k = scratch_keys + p_r * scratch_keys_r + kv_head * scratch_keys_g
         p_v = scratch_values + p_r * scratch_values_r + kv_head * scratch_values_g
@@ -333,47 +337,56 @@ def attend(
         size = tl.num_programs(2).to(tl.int64) * num_rows * heads
         tl.store(stats + o_stat, b_max * unit, mask=m_m)
         tl.store(stats + size + o_stat, b_sum, mask=m_m)
-        m_md = m_md & (b_sum > 0)[:, None]  # ``merge`` reads no others
+        if split == 0:
+            b_active = tl.zeros([BLOCK_M], tl.float32) + active
+            tl.store(stats + 2 * size + o_t * heads + o_h, b_active, mask=m_m)
+        m_md = m_md & (b_sum != 0)[:, None]  # ``merge`` reads no others
         tl.store(out + (o_stat * HEAD_SIZE)[:, None] + o_d[None, :], b_acc, mask=m_md)
     else:
-        b_acc = b_acc / tl.where(b_sum > 0, b_sum, 1.0)[:, None]
+        b_acc = b_acc / tl.where(b_sum != 0, b_sum, 1.0)[:, None]  # 0 of no columns; NaN stays NaN
         p_o = out + (o_t * out_t + o_h * out_h)[:, None] + o_d[None, :]
         tl.store(p_o, b_acc.to(out.dtype.element_ty), mask=m_md)
 
 
-@triton.jit(do_not_specialize=["requests", "num_rows"], do_not_specialize_on_alignment=["row_starts"])
+@triton.jit(do_not_specialize=["requests", "num_rows", "splits"], do_not_specialize_on_alignment=["row_starts"])
 def merge(
-    partial,  # [SPLITS, T, H, D] float32, undefined where the sum is 0
-    stats,  # [2, SPLITS, T, H] float32: maxima as exponents of 2, and sums
+    partial,  # [splits, T, H, D] float32, undefined where the sum is 0
+    stats,  # [2 * splits + 1, T, H] float32: maxima as exponents of 2, sums, and how many splits count
     row_starts,  # [R + 1] int32
     out,  # [T, H, D]
     requests,
     num_rows,
+    splits,
     out_t,
     out_h,
-    SPLITS: tl.constexpr,
+    MOST_SPLITS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Adds the splits' sums, each scaled to the largest maximum; grid (T, H).
 
-    Oracle: the softmax of all columns at once, ``reference.batch_attention_reference``.
+    Compiled once for all numbers of splits, which change with the batch. Oracle: the softmax of all columns at once,
+    ``reference.batch_attention_reference``.
     """
     row, head = tl.program_id(0), tl.program_id(1)
+    heads = tl.num_programs(1)
+    size = splits * num_rows.to(tl.int64) * heads
+    active = tl.minimum(tl.load(stats + 2 * size + row.to(tl.int64) * heads + head), splits)
     if (row < tl.load(row_starts)) | (row >= tl.load(row_starts + requests)):
         return
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < HEAD_SIZE
-    heads = tl.num_programs(1)
-    o_stat = (tl.arange(0, SPLITS).to(tl.int64) * num_rows + row) * heads + head  # [SPLITS]
-    b_max = tl.load(stats + o_stat)
-    b_sum = tl.load(stats + SPLITS * num_rows.to(tl.int64) * heads + o_stat)
-    m_part = (b_sum > 0)[:, None] & m_d[None, :]
+    o_s = tl.arange(0, MOST_SPLITS)
+    m_s = o_s < active
+    o_stat = (o_s.to(tl.int64) * num_rows + row) * heads + head  # [MOST_SPLITS]
+    b_max = tl.load(stats + o_stat, mask=m_s, other=float("-inf"))
+    b_sum = tl.load(stats + size + o_stat, mask=m_s, other=0.0)
+    m_part = (b_sum != 0)[:, None] & m_d[None, :]
     b_part = tl.load(partial + (o_stat * HEAD_SIZE)[:, None] + o_d[None, :], mask=m_part, other=0.0)
     largest = tl.max(b_max, 0)
     b_weight = tl.exp2(b_max - tl.where(largest == float("-inf"), 0.0, largest))
     total = tl.sum(b_weight * b_sum, 0)
-    b_out = tl.sum(b_weight[:, None] * b_part, 0) / tl.where(total > 0, total, 1.0)  # [BLOCK_D]
+    b_out = tl.sum(b_weight[:, None] * b_part, 0) / tl.where(total != 0, total, 1.0)  # [BLOCK_D]
     tl.store(out + row.to(tl.int64) * out_t + head * out_h + o_d, b_out.to(out.dtype.element_ty), mask=m_d)
 
 
@@ -383,12 +396,13 @@ def _config(block_n: int, num_warps: int, num_stages: int, tail: int) -> Any:
 
 
 #: What to choose among, by the shape of a program's matrix. None spills; masks are free where memory is waited for.
+#: One of each kind fits GPUs with 100 KB of shared memory; tuning passes over what does not fit.
 _CONFIGS = {
     "low": [_config(64, 4, 3, 0), _config(32, 4, 4, 0)],
     "middle": [_config(64, 8, 3, 2), _config(32, 4, 3, 2)],
     "high": [_config(64, 8, 3, 2), _config(32, 8, 4, 2)],
     "wide low": [_config(32, 4, 3, 0)],
-    "wide": [_config(32, 8, 3, 2)],
+    "wide": [_config(32, 8, 3, 2), _config(32, 8, 2, 2)],
     "float": [_config(16, 8, 2, 0)],
 }
 
@@ -424,8 +438,15 @@ def block_rows(max_rows: int, group: int, block_dim: int, dtype: torch.dtype, sc
     return max(16, min(largest, triton.next_power_of_2(max_rows * group)), triton.next_power_of_2(group))
 
 
+def least_columns(block: int) -> int:
+    """Fewest columns that are worth a split: of 16 bits, twice the bytes of its results, written and read again."""
+    return max(SPLIT_COLUMNS, 4 * block)
+
+
 def count_splits(programs: int, block: int, max_rows: int, capacity: int, multiprocessors: int) -> int:
     """Splits of the columns that fill the GPU: a power of two, by shapes alone.
+
+    More programs never have more splits, so that warming up the fewest and the most meets every kind of launch.
 
     Args:
         programs: of a launch with one split.
@@ -437,13 +458,13 @@ def count_splits(programs: int, block: int, max_rows: int, capacity: int, multip
     if max_rows > MOST_SPLIT_ROWS:
         return 1
     slots = multiprocessors * (3 if block <= 32 else 2 if block <= 64 else 1)
-    splits = max(1, min(slots // programs, capacity // SPLIT_COLUMNS, MOST_SPLITS))
+    splits = max(1, min(slots // programs, capacity // least_columns(block), MOST_SPLITS))
     return 1 << (splits.bit_length() - 1)
 
 
-def merging_warps(splits: int, block_dim: int) -> int:
+def merging_warps(block_dim: int) -> int:
     """Warps that merge a head, 32 numbers per thread."""
-    return max(1, splits * block_dim // 1024)
+    return max(1, MOST_SPLITS * block_dim // 1024)
 
 
 def launch(
@@ -481,7 +502,7 @@ def launch(
     result, stats = out, None
     if splits > 1:
         result = torch.empty((splits, num_rows, heads, dim), dtype=torch.float32, device=query.device)
-        stats = torch.empty((2, splits, num_rows, heads), dtype=torch.float32, device=query.device)
+        stats = torch.empty((2 * splits + 1, num_rows, heads), dtype=torch.float32, device=query.device)
     nodes_k, nodes_v = (scratch.keys, scratch.values) if scratch is not None else (None, None)
     _tuned_attend(_kind(block, block_dim, query.dtype))[(blocks, kv_heads, splits)](
         query,
@@ -517,7 +538,7 @@ def launch(
         SPLIT=splits > 1,
         RAGGED=ragged < even,
         WIDEN=interpreted() and query.dtype == torch.bfloat16,  # its products of bfloat16 are not floats'
-        LEAST_COLUMNS=SPLIT_COLUMNS,
+        LEAST_COLUMNS=least_columns(block),
         BLOCK_M=block,
         BLOCK_D=block_dim,
     )
@@ -529,11 +550,12 @@ def launch(
             out,
             requests,
             num_rows,
+            splits,
             *out.stride()[:2],
-            SPLITS=splits,
+            MOST_SPLITS=MOST_SPLITS,
             HEAD_SIZE=dim,
             BLOCK_D=block_dim,
-            num_warps=merging_warps(splits, block_dim),
+            num_warps=merging_warps(block_dim),
         )
     return out
 
@@ -551,11 +573,11 @@ def variants() -> list[Variant]:
     ):
         found += [_attend_variant(name, config, block, **options) for config in _CONFIGS[kind]]
     pointers = {"partial": "*fp32", "stats": "*fp32", "row_starts": "*i32", "out": "*bf16"}
-    counts = dict.fromkeys(("requests", "num_rows", "out_t", "out_h"), "i32")
-    constants = {"SPLITS": MOST_SPLITS, "HEAD_SIZE": 128, "BLOCK_D": 128}
+    counts = dict.fromkeys(("requests", "num_rows", "splits", "out_t", "out_h"), "i32")
+    constants = {"MOST_SPLITS": MOST_SPLITS, "HEAD_SIZE": 128, "BLOCK_D": 128}
     aligned = ("partial", "stats", "out", "out_t", "out_h")
-    options = {"num_warps": merging_warps(MOST_SPLITS, 128)}
-    found.append(Variant(f"merge bf16 D128 S{MOST_SPLITS}", merge, pointers | counts, constants, options, aligned))
+    options = {"num_warps": merging_warps(128)}
+    found.append(Variant("merge bf16 D128", merge, pointers | counts, constants, options, aligned))
     return found
 
 
@@ -601,7 +623,7 @@ def _attend_variant(
         "SPLIT": splits,
         "RAGGED": ragged,
         "WIDEN": False,
-        "LEAST_COLUMNS": SPLIT_COLUMNS,
+        "LEAST_COLUMNS": least_columns(block),
         "BLOCK_M": block,
         "BLOCK_D": triton.next_power_of_2(dim),
         **config.kwargs,
@@ -609,6 +631,6 @@ def _attend_variant(
     signature = pointers | {"scale": "fp32"} | dict.fromkeys([*_VARYING, *strides], "i32")
     aligned = tuple(name for name in (*pointers, *strides) if name not in _UNALIGNED)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    name = f"{name} {block}x{config.kwargs['BLOCK_N']}"
-    architectures = tuple(a for a in ARCHITECTURES if pages != "fp8e4nv" or a >= 89)
+    name = f"{name} {block}x{config.kwargs['BLOCK_N']} {config.num_stages} stages"
+    architectures = (89, *(a for a in ARCHITECTURES if a >= 89)) if pages == "fp8e4nv" else ARCHITECTURES
     return Variant(name, attend, signature, constants, options, aligned, architectures)
