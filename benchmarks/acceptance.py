@@ -3,14 +3,17 @@
     .venv/bin/python benchmarks/acceptance.py --prompts 64 --max-tokens 128
 
 Prompts are cut from the held-out files of the interpreter's standard library. One row per configuration goes
-to a CSV file: the true mean of tokens per target forward (bonus token included), and how often each depth was
-accepted. ``--ablate-parents`` adds the run in which the last level hangs under the beam by position.
+to a CSV file: the true mean of tokens per target forward (bonus token included) with its 95% bootstrap interval over
+prompts,
+and how often each depth was accepted. ``--ablate-parents`` adds the run in which the last level hangs under the beam by
+position.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import os
 import random
 import sys
@@ -20,12 +23,11 @@ from typing import Any
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 from vllm import LLM, SamplingParams
-from vllm.inputs import TokensPrompt
-from vllm.v1.metrics.reader import Counter, Vector
 
 from jakiro_vllm import __version__
 from jakiro_vllm.config import TreeConfig
 from jakiro_vllm.draft.registry import EMBEDDED_HEAD, EMBEDDED_TARGET
+from jakiro_vllm.integration.acceptance import Acceptance, AcceptanceMeter
 from jakiro_vllm.training.corpus import python_sources
 
 
@@ -43,33 +45,40 @@ def held_out_prompts(tokenizer: Any, count: int, seed: int) -> list[list[int]]:
     return prompts
 
 
-def counts(llm: LLM) -> tuple[float, list[float]]:
-    """Trees verified, and accepted tokens per depth, since the engine started."""
-    drafts, depths = 0.0, [0.0]
-    for metric in llm.get_metrics():
-        if metric.name == "vllm:spec_decode_num_drafts" and isinstance(metric, Counter):
-            drafts = metric.value
-        if metric.name == "vllm:spec_decode_num_accepted_tokens_per_pos" and isinstance(metric, Vector):
-            depths = list(metric.values)
-    return drafts, depths
+def open_engine(target: str, head: str, budget: int, **arguments: Any) -> LLM:
+    """An fp32 engine in this process, for trees of at most ``budget`` nodes."""
+    return LLM(
+        model=target,
+        dtype="float32",
+        enforce_eager=True,
+        max_num_seqs=16,
+        kv_cache_memory_bytes=1 << 29,
+        speculative_config={"method": "jakiro", "model": head, "num_speculative_tokens": budget},
+        **arguments,
+    )
 
 
-def measure(llm: LLM, prompts: list[list[int]], params: SamplingParams, depth: int) -> dict[str, float]:
-    """Runs the prompts and returns the acceptance length and the rate of each depth."""
-    drafts, depths = counts(llm)
-    llm.generate([TokensPrompt(prompt_token_ids=p) for p in prompts], params, use_tqdm=False)
-    new_drafts, new_depths = counts(llm)
-    trees = new_drafts - drafts
-    accepted = [after - before for after, before in zip(new_depths, depths, strict=False)]
-    rates = {f"depth_{d}": round(accepted[d - 1] / trees, 4) for d in range(1, depth + 1)}
-    return {"trees": trees, "acceptance_length": round(1 + sum(accepted) / trees, 4), **rates}
+def row_of(found: Acceptance, depth: int) -> dict[str, float]:
+    """The figures of one run."""
+    low, high = found.interval()
+    rates = {f"depth_{d}": round(rate, 4) for d, rate in enumerate(found.depth_rates(depth), start=1)}
+    lengths = {"acceptance_length": found.length, "low": low, "high": high}
+    return {"trees": found.trees} | {name: round(value, 4) for name, value in lengths.items()} | rates
+
+
+def write_rows(rows: list[dict[str, Any]], path: Path) -> None:
+    """Writes rows of equal keys as CSV."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def main() -> int:
     """Runs the configurations and writes the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default=str(EMBEDDED_TARGET))
-    parser.add_argument("--head", default=str(EMBEDDED_HEAD))
+    parser.add_argument("--head", nargs="+", default=[str(EMBEDDED_HEAD)], help="one or more, of one target")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
@@ -82,46 +91,32 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("acceptance.csv"))
     args = parser.parse_args()
 
-    llm = LLM(
-        model=args.target,
-        dtype="float32",
-        enforce_eager=True,
-        max_num_seqs=16,
-        kv_cache_memory_bytes=1 << 29,
-        disable_log_stats=False,
-        speculative_config={
-            "method": "jakiro",
-            "model": args.head,
-            "num_speculative_tokens": args.budget,
-            "tree": {"depth": args.depth, "top_k": args.top_k, "policy": args.policy},
-        },
-    )
+    llm = open_engine(args.target, args.head[0], args.budget)
+    meter = AcceptanceMeter(llm)
     prompts = held_out_prompts(llm.get_tokenizer(), args.prompts, args.seed)
-    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    tree = TreeConfig(node_budget=args.budget, depth=args.depth, top_k=args.top_k, policy=args.policy)
     rows = []
-    for gather in (True, False) if args.ablate_parents else (True,):
-        runner.drafter.drafter.gather_parents = gather
+    for head, gather in itertools.product(args.head, (True, False) if args.ablate_parents else (True,)):
+        drafter = meter.use(head, tree)
+        drafter.gather_parents = gather
         for temperature in args.temperatures:
             params = SamplingParams(temperature=temperature, max_tokens=args.max_tokens, seed=args.seed)
             row = {
                 "version": __version__,
-                "head": Path(args.head).name,
-                "policy": runner.drafter.drafter.policy,
-                "forwards": runner.drafter.drafter.num_forwards,
+                "head": Path(head).name,
+                "policy": drafter.policy,
+                "forwards": drafter.num_forwards,
                 "budget": args.budget,
                 "top_k": args.top_k,
                 "gather_parents": gather,
                 "temperature": temperature,
                 "prompts": args.prompts,
                 "max_tokens": args.max_tokens,
-                **measure(llm, prompts, params, args.depth),
+                **row_of(meter.measure(prompts, params), args.depth),
             }
             rows.append(row)
             print(row, flush=True)
-    with args.output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(rows, args.output)
     return 0
 
 
