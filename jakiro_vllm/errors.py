@@ -11,3 +11,7 @@ class JakiroConfigError(JakiroError):
 
 class HeadCheckpointError(JakiroError):
     """A head that is missing, damaged, or contradicts its configuration or its target."""
+
+
+class TrainingDataError(JakiroError):
+    """Prompts or intermediate results that cannot be read."""

@@ -54,8 +54,17 @@ def read_spec(folder: str | Path) -> HeadSpec:
     return infer_spec(_read_config(folder), _read_tensors(folder), folder)
 
 
-def save_head(head: DraftHead, folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Writes ``config.json`` and ``model.safetensors`` in the published layout."""
+def save_head(
+    head: DraftHead, folder: str | Path, dtype: torch.dtype = torch.bfloat16, vocab_size: int | None = None
+) -> None:
+    """Writes ``config.json`` and ``model.safetensors`` in the published layout.
+
+    Args:
+        head: to be written.
+        folder: made if it is not there.
+        dtype: of the tensors.
+        vocab_size: of the target, which vLLM's own EAGLE reads from the configuration.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     spec = head.spec
@@ -76,6 +85,8 @@ def save_head(head: DraftHead, folder: str | Path, dtype: torch.dtype = torch.bf
         "bias": spec.fc_bias,
         "dtype": str(dtype).removeprefix("torch."),
     }
+    if vocab_size is not None:
+        config["vocab_size"] = vocab_size
     if spec.variant is not Variant.DENSE:
         config |= {"num_local_experts": spec.num_experts, "num_experts_per_tok": EXPERTS_PER_TOKEN}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
