@@ -123,10 +123,11 @@ def _records(source: str, settings: DataSettings) -> Iterator[dict[str, Any]]:
         found = _read(source, lambda: datasets.load_dataset(loader, data_files=source, split="train", streaming=True))
         yield from _with_reason(source, found)
         return
-    if path.suffix.lower() in _LOADERS or path.is_absolute() or source.startswith("."):
-        raise TrainingDataError(f"{source} is not a file; give an existing file or the name of a hub dataset")
     name, _, split = source.partition(":")
     split = split or "train"
+    is_path = path.suffix.lower() in _LOADERS or path.is_absolute() or source.startswith(".")
+    if is_path and not Path(name).is_dir():
+        raise TrainingDataError(f"{source} is not a file; give an existing file or the name of a hub dataset")
     found = _read(source, lambda: datasets.load_dataset(name, split=split, streaming=True))
     if settings.prompts is not None:
         found = found.shuffle(seed=settings.seed, buffer_size=10_000)

@@ -28,6 +28,7 @@ follows from the segments. So a step's loss does not depend on how its rows are 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -35,10 +36,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 
 from jakiro_vllm.draft.head import DraftHead
 from jakiro_vllm.training.rollout import rollout
 from jakiro_vllm.training.settings import LossSettings
+
+logger = logging.getLogger(__name__)
 
 #: ``features [n, C] -> logits [n, V] float32``: the target's.
 Logits = Callable[[Tensor], Tensor]
@@ -64,10 +68,6 @@ class StepOutput:
     right: Tensor | None
     own: Tensor | None
     weights: Tensor | None
-
-
-#: Draws StepOutputs: ``draft_outputs``, or that compiled.
-Draft = Callable[..., list[StepOutput]]
 
 
 def draft_outputs(
@@ -150,6 +150,7 @@ def objective(
     scales: Tensor,
     logits: Logits,
     weights: LossSettings,
+    functions: Functions | None = None,
 ) -> Tensor:
     """The share of some rows in the loss of their step.
 
@@ -163,6 +164,7 @@ def objective(
         scales: ``[S, 2] float32``, see `row_scales`.
         logits: the target's.
         weights: of the terms.
+        functions: compiled ones; default the plain ones.
 
     Returns:
         Scalar, float32.
@@ -186,7 +188,7 @@ def objective(
             row_weights = _at_goal(valid_rows(segments, 1, step) * (weights.experts * scales[step, 0]), 1)
             log_weights = output.weights.clamp_min(_LEAST_WEIGHT).log()
             mixtures.append(_Mixture(_at_goal(output.own, 1), _at_goal(log_weights, 1), row_weights))
-    return total + _cross_entropy(goals, mixtures, logits)
+    return total + _cross_entropy(goals, mixtures, logits, functions or PLAIN)
 
 
 @dataclass(frozen=True)
@@ -209,16 +211,23 @@ def _at_goal(rows: Tensor, ahead: int) -> Tensor:
     return rows.roll(ahead, dims=1).flatten(0, 1)
 
 
-def _cross_entropy(goals: Tensor, mixtures: list[_Mixture], logits: Logits) -> Tensor:
+def _cross_entropy(goals: Tensor, mixtures: list[_Mixture], logits: Logits, functions: Functions) -> Tensor:
     """``- sum_n w_n sum_v p_n(v) log sum_k g_nk softmax(logits(o_nk))(v)``, over all mixtures."""
     if not mixtures:
         return goals.new_zeros((), dtype=torch.float32)
     inputs = [tensor for m in mixtures for tensor in (m.features, m.log_weights, m.row_weights)]
-    return _ChunkedCrossEntropy.apply(logits, goals, *inputs)
+    return _ChunkedCrossEntropy.apply(logits, functions, goals, *inputs)
 
 
-def _log_mixture(features: Tensor, log_weights: Tensor | None, logits: Logits) -> Tensor:
-    """``[n, K, C], [n, K] -> [n, V] float32``, one expert after the other."""
+def _target_probs(goals: Tensor, logits: Logits) -> Tensor:
+    """``[n, C] -> [n, V] float32``."""
+    return logits(goals).softmax(-1)
+
+
+def _mixture_loss(
+    probs: Tensor, features: Tensor, log_weights: Tensor | None, row_weights: Tensor, logits: Logits
+) -> Tensor:
+    """``[n, V], [n, K, C], [n, K], [n] -> scalar``: cross-entropies of mixtures, one expert after the other."""
     mixed = None
     for k in range(features.shape[1]):
         own = logits(features[:, k]).log_softmax(-1)
@@ -226,7 +235,41 @@ def _log_mixture(features: Tensor, log_weights: Tensor | None, logits: Logits) -
             own = own + log_weights[:, k : k + 1]
         mixed = own if mixed is None else torch.logaddexp(mixed, own)
     assert mixed is not None
-    return mixed
+    return -((probs * mixed).sum(-1) * row_weights).sum()
+
+
+@dataclass(frozen=True)
+class Functions:
+    """What may be compiled: `draft_outputs`, and what is done to chunks of rows."""
+
+    draft: Callable[..., list[StepOutput]]
+    target_probs: Callable[..., Tensor]
+    mixture_loss: Callable[..., Tensor]
+
+
+PLAIN = Functions(draft_outputs, _target_probs, _mixture_loss)
+
+
+def compiled_functions() -> Functions:
+    """The same through ``torch.compile``; plain where a compiler is missing or fails, with a warning."""
+    return Functions(*(_Compiled(f) for f in (draft_outputs, _target_probs, _mixture_loss)))
+
+
+class _Compiled:
+    """A function that runs compiled for as long as that works."""
+
+    def __init__(self, plain: Callable[..., Any]) -> None:
+        self._plain = plain
+        self._function = torch.compile(plain, dynamic=False)
+
+    def __call__(self, *args: Any) -> Any:
+        try:
+            return self._function(*args)
+        except TorchDynamoException as error:
+            reason = f"{error}".strip().partition("\n")[0]
+            logger.warning("training runs uncompiled, torch.compile failed: %s", reason)
+            self._function = self._plain
+            return self._plain(*args)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -237,20 +280,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Logits, goals: Tensor, *inputs: Tensor | None) -> Tensor:
-        needed = ctx.needs_input_grad[2:]
+    def forward(ctx: Any, logits: Logits, functions: Functions, goals: Tensor, *inputs: Tensor | None) -> Tensor:
+        needed = ctx.needs_input_grad[3:]
         gradients = {i: torch.empty_like(x) for i, x in enumerate(inputs) if x is not None and needed[i]}
         total = goals.new_zeros((), dtype=torch.float32)
-        size = max(1, _LOGIT_ELEMENTS // logits(goals[:1]).shape[-1])
+        most = max(1, _LOGIT_ELEMENTS // logits(goals[:1]).shape[-1])
+        size = -(-len(goals) // -(-len(goals) // most))  # all chunks alike, but for the last
         for first in range(0, len(goals), size):
             span = slice(first, first + size)
-            probs = logits(goals[span]).softmax(-1)
+            probs = functions.target_probs(goals[span], logits)
             for base in range(0, len(inputs), 3):
                 own = {base + i: x[span].detach() for i, x in enumerate(inputs[base : base + 3]) if x is not None}
                 leaves = {i: x.requires_grad_() for i, x in own.items() if needed[i]}
                 with torch.enable_grad():
-                    log_mixture = _log_mixture(own[base], own.get(base + 1), logits)
-                    loss = -((probs * log_mixture).sum(-1) * own[base + 2]).sum()
+                    loss = functions.mixture_loss(probs, own[base], own.get(base + 1), own[base + 2], logits)
                 total += loss.detach()
                 if leaves:
                     for i, gradient in zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True):
@@ -265,4 +308,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         found: list[Tensor | None] = [None] * ctx.count
         for i, gradient in zip(ctx.wanted, ctx.saved_tensors, strict=True):
             found[i] = gradient * outer[0].to(gradient.dtype)
-        return None, None, *found
+        return None, None, None, *found

@@ -31,7 +31,7 @@ from jakiro_vllm.errors import JakiroConfigError, JakiroError
 from jakiro_vllm.training.documents import Shard
 from jakiro_vllm.training.features import FeatureSource, StreamedFeatures, fingerprint_documents, place_features
 from jakiro_vllm.training.frozen import Target
-from jakiro_vllm.training.objective import Draft, draft_outputs, objective, row_scales
+from jakiro_vllm.training.objective import PLAIN, compiled_functions, objective, row_scales
 from jakiro_vllm.training.packing import Batch, Plan
 from jakiro_vllm.training.quality import Quality, evaluate_head
 from jakiro_vllm.training.settings import OptimizerSettings, TrainSettings
@@ -140,7 +140,7 @@ class _Session:
             fused=self.device.type in ("cuda", "cpu"),
         )
         self.schedule = _schedule(self.optimizer, recipe, self.total_steps)
-        self.draft: Draft = torch.compile(draft_outputs, dynamic=False) if recipe.compile else draft_outputs
+        self.functions = compiled_functions() if recipe.compile else PLAIN
         self.checkpoint = _Checkpoint(work / CHECKPOINT, _fingerprint(target, spec, documents, recipe))
         state = self.checkpoint.load()
         self.first_step, self.saved_step, self.tokens = 0, 0, 0
@@ -256,7 +256,7 @@ class _Session:
                 features = features.float()
                 embeds = self.target.embed(batch.tokens).float()
                 seen = features + self._noise(step, forward.numbers, features)
-            outputs = self.draft(
+            outputs = self.functions.draft(
                 self.head,
                 embeds,
                 seen,
@@ -265,7 +265,9 @@ class _Session:
                 work.rollout_steps,
                 recipe.loss.experts > 0,
             )
-            return objective(outputs, features, batch.segments, work.scales, self.target.logits, recipe.loss)
+            return objective(
+                outputs, features, batch.segments, work.scales, self.target.logits, recipe.loss, self.functions
+            )
 
     def _noise(self, step: int, numbers: Sequence[int], like: Tensor) -> Tensor:
         """``[B, L, C]`` uniform around 0; a row's depends on its place among all rows of the step."""

@@ -196,6 +196,12 @@ def compare_kv(llm: LLM, runner: Any, phase: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def speculation(llm: LLM) -> dict[str, float]:
+    """vLLM's own counters of speculation since the engine started."""
+    names = {f"vllm:spec_decode_num_{what}": what for what in ("drafts", "draft_tokens", "accepted_tokens")}
+    return {names[m.name].removesuffix("_tokens"): m.value for m in llm.get_metrics() if m.name in names}
+
+
 def run_phases(engine: dict[str, Any], phases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Builds an engine and answers its phases; the engine is gone afterwards."""
     llm = LLM(**engine)
@@ -219,6 +225,8 @@ def run_phases(engine: dict[str, Any], phases: list[dict[str, Any]]) -> list[dic
         finally:
             if mend is not None:
                 mend()
+        if engine.get("disable_log_stats") is False:
+            answers[-1]["spec_decode"] = speculation(llm)
         if acceptance is not None:
             answers[-1]["acceptance"] = acceptance.take()
     if acceptance is not None:

@@ -24,7 +24,7 @@ from transformers.models.auto import AutoModelForCausalLM
 
 from jakiro_vllm.training import trainer
 from jakiro_vllm.training.documents import Shard, pack_documents
-from jakiro_vllm.training.features import StreamedFeatures
+from jakiro_vllm.training.features import StreamedFeatures, cache_features
 from jakiro_vllm.training.frozen import Target, head_spec
 from jakiro_vllm.training.settings import TrainSettings
 from jakiro_vllm.training.trainer import TrainingResult, train_head
@@ -140,6 +140,11 @@ def tiny_run(
     return train_head(target, spec, documents, StreamedFeatures(target, documents), held_out, work, settings)
 
 
+def tiny_parts() -> list[Shard]:
+    """Three parts of answers."""
+    return [random_shard(5, seed) for seed in (1, 2, 3)]
+
+
 def run_and_die(folder: str, settings: TrainSettings, step: int) -> None:
     """Trains and is killed, as a power cut would, when a step is noted."""
     torch.set_num_threads(1)
@@ -155,9 +160,20 @@ def run_and_die(folder: str, settings: TrainSettings, step: int) -> None:
 
 
 def run_as_worker(rank: int, size: int, folder: str, settings: Sequence[TrainSettings]) -> None:
-    """One of several workers; the head of each run is kept by each in its own file."""
+    """One of several workers: fills a cache, then trains; each keeps its head of each run in a file of its own."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
+    target, computing = tiny_target(), Target.features
+    computed: list[int] = []
+
+    def count(self: Target, documents: Sequence[np.ndarray], batch_tokens: int = 8192) -> list[torch.Tensor]:
+        computed.extend(len(document) for document in documents)
+        return computing(self, documents, batch_tokens)
+
+    Target.features = count  # type: ignore[method-assign]
+    cache_features(target, tiny_parts(), Path(folder) / "features")
+    (Path(folder) / f"computed{rank}").write_text(str(sum(computed)))
+    Target.features = computing  # type: ignore[method-assign]
     for number, own in enumerate(settings):
         result = tiny_run(Path(folder) / f"run{number}", own)
         torch.save(result.head.state_dict(), Path(folder) / f"run{number}" / f"head{rank}.pt")

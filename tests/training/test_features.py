@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from tiny_training import HIDDEN, VOCAB, WINDOW, random_shard, tiny_config, tiny_target
+from tiny_training import HIDDEN, VOCAB, WINDOW, random_shard, tiny_config, tiny_parts, tiny_target
 from transformers import Gemma3Config, GPT2Config, PretrainedConfig, T5Config
 
 from jakiro_vllm.draft.head import Variant
@@ -42,7 +42,7 @@ def target() -> Target:
 
 @pytest.fixture(scope="module")
 def parts() -> list[Shard]:
-    return [random_shard(5, seed) for seed in (1, 2, 3)]
+    return tiny_parts()
 
 
 @pytest.mark.parametrize("kind", KINDS)

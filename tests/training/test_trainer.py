@@ -7,20 +7,24 @@ import json
 import math
 import multiprocessing
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_training import (
     greedy_shard,
     random_shard,
     run_and_die,
     run_as_worker,
+    tiny_parts,
     tiny_run,
     tiny_settings,
     tiny_target,
 )
+from torch._dynamo.exc import TorchDynamoException
 
 from jakiro_vllm.draft.head import DraftHead
 from jakiro_vllm.errors import JakiroConfigError
@@ -29,6 +33,7 @@ from jakiro_vllm.training.features import StreamedFeatures, Target, cache_featur
 from jakiro_vllm.training.frozen import head_spec
 from jakiro_vllm.training.settings import TrainSettings
 from jakiro_vllm.training.trainer import CHECKPOINT, METRICS, TrainingStopped, train_head
+from jakiro_vllm.training.workers import Workers, join_workers
 
 #: The same float32 sums in another order, in gradients that AdamW divides by their own size.
 CURVE = {"rel": 1e-5, "abs": 1e-5}
@@ -125,6 +130,57 @@ def test_two_workers_do_what_one_does(tmp_path: Path) -> None:
         first, second = (torch.load(together / f"head{rank}.pt", weights_only=True) for rank in range(2))
         for name in first:
             assert torch.equal(first[name], second[name]), name
+    parts = tiny_parts()
+    cache_features(tiny_target(), parts, tmp_path / "alone")
+    for i in range(len(parts)):
+        shared, alone = (load_file(tmp_path / f / f"part-0000{i}.safetensors") for f in ("features", "alone"))
+        assert torch.equal(shared["features"], alone["features"])
+    computed = [int((tmp_path / f"computed{rank}").read_text()) for rank in range(2)]
+    assert computed == [len(parts[0].tokens) + len(parts[2].tokens), len(parts[1].tokens)]
+
+
+def test_torchrun_is_joined_and_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with join_workers() as workers:
+        assert workers == Workers(0, 1)
+        assert not torch.distributed.is_initialized()
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with join_workers() as workers:
+        assert torch.distributed.is_initialized()
+        assert workers.is_first
+        assert workers.agree(True)
+        assert not workers.agree(False)
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.slow
+def test_compiled_training_does_the_same(tmp_path: Path) -> None:
+    phases = [{"share": 0.5, "steps": 1}, {"share": 0.5, "steps": 2}]
+    for name in ("compiled", "plain"):
+        settings = tiny_settings(epochs=2, rollout=phases, loss={"experts": 0.5}, compile=name == "compiled")
+        tiny_run(tmp_path / name, settings)
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), **CURVE)
+
+
+def test_a_compiler_that_fails_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        def fail(*_: Any) -> None:
+            raise TorchDynamoException("no compiler here\nand a long story")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", broken)
+    tiny_run(tmp_path / "broken", tiny_settings(epochs=1, compile=True))
+    monkeypatch.undo()
+    assert "torch.compile failed: no compiler here" in caplog.text
+    tiny_run(tmp_path / "plain", tiny_settings(epochs=1))
+    assert losses(tmp_path / "broken") == losses(tmp_path / "plain")
 
 
 def test_more_workers_than_rows_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
