@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,3 +148,44 @@ def encode_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str], seed: in
     encoded = tokenizer([texts[i] for i in order], add_special_tokens=False)["input_ids"]
     end = [tokenizer.eos_token_id]
     return np.concatenate([np.asarray(ids + end, dtype=np.uint16) for ids in encoded])
+
+
+def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[np.ndarray]:
+    """Encodes texts: ``[tokens] uint32`` each."""
+    encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return [np.asarray(ids, dtype=np.uint32) for ids in encoded]
+
+
+def cut_prompts(
+    documents: Sequence[np.ndarray], count: int, shortest: int, longest: int, seed: int = 0
+) -> list[np.ndarray]:
+    """Cuts prompts at seeded random places, their lengths log-uniform.
+
+    A document is drawn with a probability proportional to its tokens. Half of the prompts begin where their
+    document begins, as most requests do; the others begin anywhere.
+
+    Args:
+        documents: ``[tokens] uint32`` each.
+        count: prompts.
+        shortest, longest: tokens of a prompt.
+        seed: of the cuts.
+
+    Returns:
+        ``count`` prompts; behind each at least one token of its document is left.
+
+    Raises:
+        ValueError: if no document is long enough to be cut.
+    """
+    documents = [document for document in documents if len(document) > shortest]
+    if not documents:
+        raise ValueError(f"no document has more than {shortest} tokens; lower shortest or give more text")
+    rng = np.random.default_rng(seed)
+    sizes = np.asarray([len(document) for document in documents], dtype=np.float64)
+    chosen = rng.choice(len(documents), size=count, p=sizes / sizes.sum())
+    prompts = []
+    for index in chosen:
+        document = documents[index]
+        length = min(round(np.exp(rng.uniform(np.log(shortest), np.log(longest)))), len(document) - 1)
+        start = 0 if rng.random() < 0.5 else int(rng.integers(len(document) - length))
+        prompts.append(document[start : start + length])
+    return prompts

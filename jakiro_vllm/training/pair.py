@@ -1,7 +1,8 @@
 """Makes the embedded pair: a small code model, and a Jakiro head trained on what that model writes.
 
 ``python -m jakiro_vllm.training.pair --work DIR`` needs no network: the text is the Python standard library of
-the interpreter that runs it. Every phase resumes after an interruption and is skipped once complete.
+the interpreter that runs it. The head is trained as ``jakiro-vllm train`` trains any; every phase resumes after an
+interruption and is skipped once complete.
 """
 
 from __future__ import annotations
@@ -9,64 +10,89 @@ from __future__ import annotations
 import argparse
 import logging
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
-from transformers import LlamaForCausalLM
+from transformers import AutoConfig, AutoTokenizer
 
-from jakiro_vllm.training.corpus import encode_stream, python_sources, train_tokenizer, training_texts
-from jakiro_vllm.training.evaluate import greedy_documents, prefixes
-from jakiro_vllm.training.generate import GenerationRecipe, Shard, encode_documents, is_complete, load_generated
-from jakiro_vllm.training.head import HeadRecipe, head_spec, train_head
-from jakiro_vllm.training.losses import LossWeights
+from jakiro_vllm.training.answers import answer_in_subprocess
+from jakiro_vllm.training.corpus import (
+    cut_prompts,
+    encode_documents,
+    encode_stream,
+    python_sources,
+    train_tokenizer,
+    training_texts,
+)
+from jakiro_vllm.training.data import Prompts, are_saved
+from jakiro_vllm.training.export import is_exported
+from jakiro_vllm.training.phases import fit, keep_prompts
+from jakiro_vllm.training.resume import begin
+from jakiro_vllm.training.settings import TrainSettings
 from jakiro_vllm.training.target import TargetRecipe, train_target
 
 logger = logging.getLogger(__name__)
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "embedded"
-#: Written last by a phase that makes a model, so its presence means that the model is complete.
-_RECORD = "training.json"
 _SUFFIXES = (".json", ".safetensors", ".jinja")
 
 
 @dataclass(frozen=True)
 class PairRecipe:
-    """Recipes of the phases, chosen to fit two cores for two hours.
+    """Recipes of the phases, made for two cores.
 
     Attributes:
         target: of the target.
-        generation: of the text that the head learns from.
-        head: of the head. Far fewer steps than the reference, so a far higher learning rate; more weight on
-            the tokens, which are what verification compares; and a last quarter that learns from its own features.
-        held_out_prompts, held_out_prompt_tokens, held_out_new_tokens: the text that the head is measured on.
+        prompts: stretches of the training text that the target continues.
+        held_out_prompts: stretches of files that no training has seen.
+        shortest_prompt, longest_prompt: tokens of a prompt.
+        head: settings of the head's training, as in a file of ``jakiro-vllm train``.
     """
 
     target: TargetRecipe = TargetRecipe()
-    generation: GenerationRecipe = GenerationRecipe()
-    head: HeadRecipe = HeadRecipe(
-        epochs=2.0,
-        rows_per_step=5,
-        row_length=768,
-        lr=2e-3,
-        warmup_steps=50,
-        feature_noise=0.1,
-        rollout=((0.75, 1), (0.25, 2)),
-        loss=LossWeights(token=1.0),
-    )
+    prompts: int = 2048
     held_out_prompts: int = 64
-    held_out_prompt_tokens: int = 128
-    held_out_new_tokens: int = 128
+    shortest_prompt: int = 16
+    longest_prompt: int = 512
+    head: dict[str, Any] | None = None
+
+    def settings(self, work: Path) -> TrainSettings:
+        """Of the head's training."""
+        return TrainSettings.model_validate(
+            {
+                "target": str(work / "target"),
+                "output": work / "head",
+                "data": {"sources": ["the Python standard library"], "longest_prompt": self.longest_prompt},
+                **(HEAD if self.head is None else self.head),
+            }
+        )
+
+
+#: Far fewer steps than the reference, so a far higher learning rate; more weight on the tokens, which are what
+#: verification compares; and a last quarter that learns from its own features.
+HEAD: dict[str, Any] = {
+    "generation": {"new_tokens": 256, "temperatures": [0.0, 0.8], "part": 512},
+    "optimizer": {
+        "epochs": 2.0,
+        "rows": 5,
+        "row_length": 768,
+        "lr": 2e-3,
+        "warmup_steps": 50,
+        "feature_noise": 0.1,
+        "rollout": [{"share": 0.75, "steps": 1}, {"share": 0.25, "steps": 2}],
+        "loss": {"token": 1.0},
+    },
+    "evaluation": {"prompts": 64, "width": 4},
+}
 
 
 def make_target(work: Path, recipe: PairRecipe) -> None:
     """Trains ``work/target`` with its tokenizer, unless it is there."""
     output = work / "target"
-    if (output / _RECORD).is_file():
+    if is_exported(output):
         logger.info("target: complete, skipped")
         return
     documents = python_sources()
@@ -77,53 +103,35 @@ def make_target(work: Path, recipe: PairRecipe) -> None:
     train_target(tokenizer, encode_stream(tokenizer, texts, seed), held_out, output, recipe.target)
 
 
-def make_generation(work: Path, recipe: PairRecipe) -> None:
-    """Lets the target write ``work/generated``, unless it is there.
-
-    In a process of its own: vLLM pins the threads of the process it runs in, which would slow the next phase.
-
-    Raises:
-        subprocess.CalledProcessError: if generation fails; its own output says why.
-    """
-    output = work / "generated"
-    if is_complete(output, recipe.generation):
-        logger.info("generation: complete, skipped")
-        return
-    command = [sys.executable, "-m", "jakiro_vllm.training.generate"]
-    settings = {"target": work / "target", "output": output} | asdict(recipe.generation)
-    for name, value in settings.items():
-        command += ["--" + name.replace("_", "-"), str(value)]
-    subprocess.run(command, check=True)
+def make_answers(work: Path, recipe: PairRecipe) -> None:
+    """Lets the target continue stretches of text, unless it has."""
+    settings = recipe.settings(work)
+    material = work / "material"
+    asked = {
+        name: getattr(recipe, name) for name in ("prompts", "held_out_prompts", "shortest_prompt", "longest_prompt")
+    }
+    begin(material, asked | {"generation": settings.generation.model_dump(mode="json")})
+    if not are_saved(material / "prompts"):
+        tokenizer = AutoTokenizer.from_pretrained(work / "target")
+        documents = python_sources()
+        train = encode_documents(tokenizer, list(training_texts(documents)))
+        held_out = encode_documents(tokenizer, [d.text for d in documents if d.held_out])
+        lengths = recipe.shortest_prompt, recipe.longest_prompt
+        prompts = Prompts(
+            cut_prompts(train, recipe.prompts, *lengths), cut_prompts(held_out, recipe.held_out_prompts, *lengths)
+        )
+        positions = AutoConfig.from_pretrained(work / "target").max_position_embeddings
+        keep_prompts(settings, prompts, material / "prompts", positions)
+    answer_in_subprocess(material, settings)
 
 
 def make_head(work: Path, recipe: PairRecipe) -> None:
     """Trains ``work/head``, unless it is there."""
-    output = work / "head"
-    if (output / _RECORD).is_file():
+    settings = recipe.settings(work)
+    if is_exported(settings.output):
         logger.info("head: complete, skipped")
         return
-    target = LlamaForCausalLM.from_pretrained(work / "target", dtype=torch.float32).eval()
-    train_head(
-        target,
-        head_spec(target.config),
-        load_generated(work / "generated", recipe.generation),
-        held_out_documents(target, work / "target", recipe),
-        output,
-        recipe.head,
-    )
-
-
-def held_out_documents(target: LlamaForCausalLM, folder: Path, recipe: PairRecipe) -> Shard:
-    """The target's greedy continuations of held-out prefixes.
-
-    Args:
-        target: the model, in the precision to run it in.
-        folder: where its tokenizer is.
-        recipe: how many and how long.
-    """
-    documents = encode_documents(folder, [d.text for d in python_sources() if d.held_out])
-    prompts = prefixes(documents, recipe.held_out_prompts, recipe.held_out_prompt_tokens)
-    return greedy_documents(target, prompts, recipe.held_out_new_tokens)
+    fit(settings, work / "material")
 
 
 def publish(work: Path, output: Path) -> None:
@@ -152,7 +160,7 @@ def make_pair(work: Path, output: Path, recipe: PairRecipe = PairRecipe()) -> No
     work.mkdir(parents=True, exist_ok=True)
     phases: list[tuple[str, Callable[[Path, PairRecipe], None]]] = [
         ("target", make_target),
-        ("generation", make_generation),
+        ("answers", make_answers),
         ("head", make_head),
     ]
     minutes = []
@@ -172,12 +180,11 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
         prog="python -m jakiro_vllm.training.pair",
-        description="Train the embedded pair: a small code model, and a Jakiro draft head for it. "
-        "Made to fit two hours on two cores; needs no network.",
+        description="Train the embedded pair: a small code model, and a Jakiro draft head for it. Needs no network.",
         epilog="Run the same command again after an interruption: it resumes. "
         "Results depend on the Python version, whose standard library is the training text.",
     )
-    parser.add_argument("--work", type=Path, required=True, help="folder of intermediate results, about 100 MB")
+    parser.add_argument("--work", type=Path, required=True, help="folder of intermediate results, some gigabytes")
     parser.add_argument(
         "--output", type=Path, default=EMBEDDED, help="folder that receives target/ and head/ (%(default)s)"
     )

@@ -1,4 +1,4 @@
-"""Forwards over packed documents: the target's features, and the head's drafting steps after each of them.
+"""The head's drafting steps after every position of packed documents.
 
 Drafting runs the head on its own features and with the target's keys behind the position where the round
 began. Run naively that is one short sequence per position; here every position of a batch is the start of its
@@ -11,71 +11,12 @@ D head size, C hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlamaForCausalLM
 
 from jakiro_vllm.draft.head import DraftHead, HeadOutput
-from jakiro_vllm.training.generate import Shard
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Documents laid side by side into rows of equal length.
-
-    Attributes:
-        tokens: ``[R, L] int64``, 0 where there is padding.
-        segments: ``[R, L] int64`` document within the row, from 1; 0 where there is padding.
-        positions: ``[R, L] int64`` from 0 in every document.
-        places: ``(row, start, prompt length, length)`` of every document, in the order of the rows.
-    """
-
-    tokens: Tensor
-    segments: Tensor
-    positions: Tensor
-    places: list[tuple[int, int, int, int]]
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-
-def pack_rows(shard: Shard, length: int, order: np.ndarray | None = None, open_rows: int = 64) -> Rows:
-    """Packs documents first-fit; a document longer than a row loses its end.
-
-    Args:
-        shard: documents.
-        length: L.
-        order: in which documents are placed; default theirs.
-        open_rows: newest rows that are tried before a new one is begun. More pack tighter.
-
-    Returns:
-        The rows. No document is split, so each keeps its whole context.
-    """
-    used: list[int] = []
-    count: list[int] = []
-    placed: list[tuple[int, int, int, int, int]] = []  # row, start, index, length, segment
-    for index in range(len(shard)) if order is None else order.tolist():
-        size = min(length, len(shard.document(index)))
-        row = next((r for r in range(max(0, len(used) - open_rows), len(used)) if used[r] + size <= length), len(used))
-        if row == len(used):
-            used.append(0)
-            count.append(0)
-        count[row] += 1
-        placed.append((row, used[row], index, size, count[row]))
-        used[row] += size
-    tokens, segments, positions = (np.zeros((len(used), length), dtype=np.int64) for _ in range(3))
-    places = []
-    for row, start, index, size, segment in sorted(placed):
-        span = slice(start, start + size)
-        tokens[row, span] = shard.document(index)[:size]
-        segments[row, span] = segment
-        positions[row, span] = np.arange(size)
-        places.append((row, start, int(shard.prompt_lengths[index]), size))
-    return Rows(torch.from_numpy(tokens), torch.from_numpy(segments), torch.from_numpy(positions), places)
 
 
 def causal_mask(segments: Tensor) -> Tensor:
@@ -83,13 +24,6 @@ def causal_mask(segments: Tensor) -> Tensor:
     length = segments.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
     return ((segments[:, :, None] == segments[:, None, :]) & causal).unsqueeze(1)
-
-
-def target_features(target: LlamaForCausalLM, tokens: Tensor, segments: Tensor, positions: Tensor) -> Tensor:
-    """The target's last hidden states, after its final norm: ``[B, L] int64`` each ``-> [B, L, C]``."""
-    return target.model(
-        input_ids=tokens, attention_mask=causal_mask(segments), position_ids=positions, use_cache=False
-    ).last_hidden_state
 
 
 def rollout(

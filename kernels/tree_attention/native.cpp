@@ -1,0 +1,627 @@
+// Tree attention on the CPU, straight from vLLM's pages; see __init__.py for the meaning, native.py for the build.
+//
+// J sequences, R rows and N nodes of a sequence, H query heads, G KV heads, D head size, B slots per page, and
+// M = R * H / G query rows per KV head.
+//
+// A work item is one sequence, one KV head, a block of at most MAX_ROWS of its M rows and a range of the context.
+// It walks the range in steps of at most STEP slots. In a step, each tile of at most TILE rows takes its scores,
+// an online softmax and the weighted values, in registers but for the scores. Pages are read where they lie.
+// Tree nodes are a step of their own, packed the same way first. Threads draw items from a counter; who finishes
+// the last range of a block of rows merges all of them, in the context's order, so results do not depend on timing.
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <vector>
+
+#include <omp.h>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+// Vector registers: lanes in each, and the rows whose sums fit in them two vectors wide.
+#if defined(__AVX512F__)
+constexpr int LANES = 16, TILE = 12;  // 24 of 32 registers
+#elif defined(__AVX2__)
+constexpr int LANES = 8, TILE = 6;  // 12 of 16
+#else
+constexpr int LANES = 4, TILE = 4;
+#endif
+constexpr int STEP = 128;       // slots
+constexpr int UNIT = 16;        // pages and head sizes are multiples of it
+constexpr int MAX_NODES = 64;   // bits of an ancestor word
+constexpr int MAX_ROWS = 16 * TILE;
+constexpr int64_t LEAST_RANGE = 256;  // slots; shorter ranges cost more in merging than they gain
+constexpr int64_t ITEMS_PER_THREAD = 4;
+constexpr float LOWEST = std::numeric_limits<float>::lowest();
+constexpr float INFINITE = std::numeric_limits<float>::infinity();
+
+typedef float Floats __attribute__((vector_size(LANES * 4)));
+typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
+typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
+typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
+
+struct BF16 {
+  uint16_t bits;
+};
+struct FP16 {
+  uint16_t bits;
+};
+
+template <typename V, typename T>
+inline V load_as(const T* from) {
+  V v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+inline void store(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
+
+inline Floats broadcast(float x) { return Floats{} + x; }
+
+inline Floats load(const float* from) { return load_as<Floats>(from); }
+
+inline Floats load(const BF16* from) {
+  return (Floats)(__builtin_convertvector(load_as<Halves>(from), Words) << 16);
+}
+
+inline Floats load(const FP16* from) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtph_ps(load_as<__m256i>(from));
+#elif defined(__AVX2__) && defined(__F16C__)
+  return (Floats)_mm256_cvtph_ps(load_as<__m128i>(from));
+#else
+  _Float16 x[LANES];
+  std::memcpy(x, from, sizeof x);
+  Floats v;
+  for (int i = 0; i < LANES; ++i) v[i] = (float)x[i];
+  return v;
+#endif
+}
+
+inline void save(float* to, float x) { *to = x; }
+
+inline void save(BF16* to, float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  // Round to nearest even; a NaN keeps its sign and gets a bit that the cut leaves.
+  to->bits = x != x ? (uint16_t)(bits >> 16 | 64) : (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline void save(FP16* to, float x) {
+  const _Float16 half = (_Float16)x;
+  std::memcpy(to, &half, 2);
+}
+
+inline float highest(Floats v) {
+  for (int half = LANES / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) v[i] = v[i + half] > v[i] ? v[i + half] : v[i];
+  return v[0];
+}
+
+inline float sum(Floats v) {
+  for (int half = LANES / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) v[i] += v[i + half];
+  return v[0];
+}
+
+// exp to about an ulp for x <= 0 or a little above; exactly 0 below the smallest normal number, NaN for NaN.
+inline Floats exponential(Floats x) {
+  const Floats log2e = broadcast(1.44269504088896341f), magic = broadcast(12582912.0f);  // 1.5 * 2^23 rounds
+  const Floats safe = x < -87.3f ? broadcast(-87.3f) : x > 88.0f ? broadcast(88.0f) : x;
+  const Floats shifted = safe * log2e + magic, n = shifted - magic;
+  const Floats r = safe - n * 0.693359375f - n * -2.12194440e-4f;
+  Floats p = broadcast(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const Ints power = (Ints)shifted << 23;  // the low bits of shifted are n
+  const Floats result = (Floats)((Ints)p + power);
+  return x < -87.3f ? Floats{} : x != x ? x : result;
+}
+
+inline Floats tangent(Floats x) {
+  const Floats bounded = x < -9.0f ? broadcast(-9.0f) : x > 9.0f ? broadcast(9.0f) : x;
+  return 1.0f - 2.0f / (exponential(bounded * 2.0f) + 1.0f);
+}
+
+// ---- what differs between layouts: where a key's and a value's numbers lie ----
+
+// Keys [D, B], values [B, D].
+template <typename T>
+struct Rows {
+  using Scalar = T;
+
+  // Adds up D products: scores of a tile's rows with LANES * V slots from `slot`.
+  template <int R, int V>
+  static inline void dot(Floats (&sums)[R][V], const float* query, const T* keys, int64_t slot, int64_t block,
+                         int64_t dim) {
+    const T* key = keys + slot;
+    for (int64_t d = 0; d < dim; ++d, key += block, query += TILE) {
+      Floats k[V];
+      for (int v = 0; v < V; ++v) k[v] = load(key + v * LANES);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) sums[r][v] += query[r] * k[v];
+    }
+  }
+
+  // Adds `count` slots' values from `slot`, LANES * V of their numbers from d, by the weights [R, STEP].
+  template <int R, int V>
+  static inline void weigh(Floats (&sums)[R][V], const float* weights, const T* values, int64_t slot, int64_t count,
+                           int64_t d, int64_t, int64_t dim) {
+    const T* value = values + slot * dim + d;
+    for (int64_t s = 0; s < count; ++s, value += dim) {
+      Floats x[V];
+      for (int v = 0; v < V; ++v) x[v] = load(value + v * LANES);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) sums[r][v] += weights[r * STEP + s] * x[v];
+    }
+  }
+};
+
+// bfloat16 in tiles of 16 pairs: keys [B/16, D/2, 16, 2], values [D/16, B/2, 16, 2].
+struct Pairs {
+  using Scalar = BF16;
+
+  static inline Floats first(Words pair) { return (Floats)(pair << 16); }
+  static inline Floats second(Words pair) { return (Floats)(pair & 0xffff0000u); }
+
+  template <int R, int V>
+  static inline void dot(Floats (&sums)[R][V], const float* query, const BF16* keys, int64_t slot, int64_t,
+                         int64_t dim) {
+    const BF16* key[V];
+    for (int v = 0; v < V; ++v) {
+      const int64_t at = slot + v * LANES;
+      key[v] = keys + at / 16 * 16 * dim + at % 16 * 2;
+    }
+    for (int64_t d = 0; d < dim; d += 2, query += 2 * TILE) {
+      Words k[V];
+      for (int v = 0; v < V; ++v) k[v] = load_as<Words>(key[v] + d * 16);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) sums[r][v] += query[r] * first(k[v]);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) sums[r][v] += query[TILE + r] * second(k[v]);
+    }
+  }
+
+  template <int R, int V>
+  static inline void weigh(Floats (&sums)[R][V], const float* weights, const BF16* values, int64_t slot,
+                           int64_t count, int64_t d, int64_t block, int64_t) {
+    const BF16* value[V];
+    for (int v = 0; v < V; ++v) {
+      const int64_t at = d + v * LANES;
+      value[v] = values + at / 16 * 16 * block + slot * 16 + at % 16 * 2;
+    }
+    for (int64_t s = 0; s < count; s += 2) {
+      Words x[V];
+      for (int v = 0; v < V; ++v) x[v] = load_as<Words>(value[v] + s * 16);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) sums[r][v] += weights[r * STEP + s] * first(x[v]);
+      if (s + 1 == count) break;  // the pair's second slot may hold anything
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) sums[r][v] += weights[r * STEP + s + 1] * second(x[v]);
+    }
+  }
+};
+
+// ---- one step of one tile ----
+
+// Part of a step: slots that lie in one page, `slot` the first, `at` its column among the scores.
+template <typename T>
+struct Piece {
+  const T* keys;
+  const T* values;
+  int64_t slot, count, at;
+};
+
+template <typename T>
+struct Step {
+  Piece<T> pieces[STEP / UNIT + 2];
+  int count = 0;
+  int64_t slots = 0;
+};
+
+template <typename Layout, int R, int V>
+void score(const float* query, const Piece<typename Layout::Scalar>& piece, int64_t s, int64_t block, int64_t dim,
+           float* scores) {
+  Floats sums[R][V] = {};
+  Layout::template dot<R, V>(sums, query, piece.keys, piece.slot + s, block, dim);
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) store(scores + r * STEP + piece.at + s + v * LANES, sums[r][v]);
+}
+
+template <typename Layout, int R, int V>
+void gather(const float* weights, const float* factors, const Step<typename Layout::Scalar>& step, int64_t d,
+            int64_t block, int64_t dim, float* found) {
+  Floats sums[R][V];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) sums[r][v] = load(found + r * dim + d + v * LANES) * factors[r];
+  for (int i = 0; i < step.count; ++i) {
+    const auto& piece = step.pieces[i];
+    Layout::template weigh<R, V>(sums, weights + piece.at, piece.values, piece.slot, piece.count, d, block, dim);
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) store(found + r * dim + d + v * LANES, sums[r][v]);
+}
+
+// A tile's running softmax; R rows.
+struct Tile {
+  float* query;   // [D, TILE]
+  float* found;   // [R, D]
+  float* maxima;  // [R]
+  float* totals;  // [R]
+};
+
+// Scores [R, STEP] become weights; factors [R] take what was found so far to the new maximum. `seen(r, s)` tells
+// which of the LANES slots from s row r sees, all bits set or none.
+template <int R, typename Seen>
+void soften(float* scores, const Tile& tile, int64_t slots, float softcap, float* factors, const Seen& seen) {
+  const int64_t end = (slots + LANES - 1) / LANES * LANES;
+  for (int r = 0; r < R; ++r) {
+    float* row = scores + r * STEP;
+    Floats top = broadcast(-INFINITE);
+    for (int64_t s = 0; s < end; s += LANES) {
+      Floats x = load(row + s);
+      if (softcap > 0) x = softcap * tangent(x / softcap);
+      x = seen(r, s) ? x : broadcast(-INFINITE);
+      store(row + s, x);
+      top = x > top ? x : top;
+    }
+    const float before = tile.maxima[r], maximum = std::max(before, highest(top));
+    // A row that has seen nothing yet: a finite pivot in place of -inf leaves its weights at exp(-inf) = 0.
+    const float pivot = std::max(maximum, LOWEST);
+    Floats total{};
+    for (int64_t s = 0; s < end; s += LANES) {
+      const Floats weight = exponential(load(row + s) - pivot);
+      store(row + s, weight);
+      total += weight;
+    }
+    factors[r] = exponential(broadcast(before - pivot))[0];
+    tile.totals[r] = tile.totals[r] * factors[r] + sum(total);
+    tile.maxima[r] = maximum;
+  }
+}
+
+template <typename Layout, int R, typename Seen>
+void advance(const Tile& tile, const Step<typename Layout::Scalar>& step, int64_t block, int64_t dim, float softcap,
+             const Seen& seen) {
+  alignas(64) float scores[R * STEP];
+  float factors[R];
+  for (int i = 0; i < step.count; ++i) {
+    const auto& piece = step.pieces[i];
+    const int64_t end = (piece.count + LANES - 1) / LANES * LANES;  // within the page: UNIT divides both
+    int64_t s = 0;
+    for (; s + 2 * LANES <= end; s += 2 * LANES) score<Layout, R, 2>(tile.query, piece, s, block, dim, scores);
+    if (s < end) score<Layout, R, 1>(tile.query, piece, s, block, dim, scores);
+  }
+  soften<R>(scores, tile, step.slots, softcap, factors, seen);
+  int64_t d = 0;
+  for (; d + 2 * LANES <= dim; d += 2 * LANES) gather<Layout, R, 2>(scores, factors, step, d, block, dim, tile.found);
+  if (d < dim) gather<Layout, R, 1>(scores, factors, step, d, block, dim, tile.found);
+}
+
+// The number of rows is known where the registers are chosen.
+template <typename Layout, int R = TILE, typename Seen>
+void advance(int64_t rows, const Tile& tile, const Step<typename Layout::Scalar>& step, int64_t block, int64_t dim,
+             float softcap, const Seen& seen) {
+  if constexpr (R > 0) {
+    if (rows == R)
+      advance<Layout, R>(tile, step, block, dim, softcap, seen);
+    else
+      advance<Layout, R - 1>(rows, tile, step, block, dim, softcap, seen);
+  }
+}
+
+// ---- work ----
+
+struct Call {  // as in native.py; strides count elements
+  const void* query;
+  int64_t query_row, query_head;
+  const void* pages;
+  int64_t page_stride, page_head;
+  const void* keys;
+  int64_t key_row, key_head;
+  const void* values;
+  int64_t value_row, value_head;
+  void* out;
+  int64_t out_row, out_head;
+  const int32_t* tables;
+  int64_t table_row;
+  const int64_t *context_lens, *row_starts, *row_counts, *node_starts, *node_counts, *ancestors, *depths;
+  int64_t jobs, heads, kv_heads, dim, block, window, threads, dtype, layout;
+  float scale, softcap;
+};
+
+struct Item {
+  int64_t job, head, first, count;  // rows among the sequence's M
+  int64_t begin, end;               // slots
+  int64_t part, parts, family;      // which range of how many; the ranges of a block of rows are one family
+  int64_t result;                   // where its unfinished result lies, if parts > 1
+};
+
+std::vector<Item> divide(const Call& call, int64_t& families, int64_t& results) {
+  const int64_t group = call.heads / call.kv_heads;
+  int64_t work = 0;
+  for (int64_t j = 0; j < call.jobs; ++j)
+    work += call.row_counts[j] * group * call.kv_heads * (call.context_lens[j] + MAX_NODES);
+  const int64_t fair = std::max<int64_t>(1, work / (call.threads * ITEMS_PER_THREAD));
+  std::vector<Item> items;
+  families = results = 0;
+  for (int64_t j = 0; j < call.jobs; ++j) {
+    const int64_t rows = call.row_counts[j] * group, context = call.context_lens[j];
+    if (!rows) continue;
+    int64_t begin = 0;
+    if (call.window > 0) {
+      const int64_t* depths = call.depths + call.row_starts[j];
+      const int64_t position = context + *std::min_element(depths, depths + call.row_counts[j]);
+      begin = std::min(std::max<int64_t>(0, position - call.window + 1), context) / UNIT * UNIT;
+    }
+    const int64_t blocks = (rows + MAX_ROWS - 1) / MAX_ROWS;
+    const int64_t per_block = ((rows + blocks - 1) / blocks + TILE - 1) / TILE * TILE;
+    for (int64_t first = 0; first < rows; first += per_block) {
+      const int64_t count = std::min(per_block, rows - first), slots = context - begin;
+      int64_t parts = std::min(count * slots / fair, slots / LEAST_RANGE);
+      parts = std::max<int64_t>(1, parts);
+      const int64_t length = ((slots + parts - 1) / parts + STEP - 1) / STEP * STEP;
+      parts = std::max<int64_t>(1, length ? (slots + length - 1) / length : 1);
+      for (int64_t head = 0; head < call.kv_heads; ++head) {
+        for (int64_t part = 0; part < parts; ++part) {
+          const int64_t from = begin + part * length;
+          items.push_back({j, head, first, count, from, std::min(from + length, context), part, parts, families,
+                           results});
+          if (parts > 1) results += count * (call.dim + 2);
+        }
+        ++families;
+      }
+    }
+  }
+  return items;
+}
+
+int64_t padded_rows(int64_t rows) { return (rows + TILE - 1) / TILE * TILE; }
+
+// What a thread keeps while it works on an item; everything is [padded M, ...].
+struct Space {
+  float *query, *found, *maxima, *totals, *keys, *values;
+
+  static int64_t size(int64_t dim) { return 2 * MAX_ROWS * (dim + 1) + 2 * MAX_NODES * dim; }
+
+  Space(float* at, int64_t dim) {
+    query = at;
+    found = query + MAX_ROWS * dim;
+    keys = found + MAX_ROWS * dim;
+    values = keys + MAX_NODES * dim;
+    maxima = values + MAX_NODES * dim;
+    totals = maxima + MAX_ROWS;
+  }
+};
+
+// Memory that the calling thread keeps between calls: fresh pages from the system would cost more than a short call.
+float* keep(int64_t floats) {
+  struct Kept {
+    void* at = nullptr;
+    int64_t floats = 0;
+    ~Kept() { std::free(at); }
+  };
+  thread_local Kept kept;
+  if (kept.floats < floats) {
+    std::free(kept.at);
+    kept.floats = 0;
+    const size_t bytes = (floats * sizeof(float) + 63) / 64 * 64;
+    kept.at = std::aligned_alloc(64, bytes);
+    if (kept.at) kept.floats = floats;
+  }
+  return static_cast<float*>(kept.at);
+}
+
+template <typename T>
+float scalar(const T* at) {
+  if constexpr (std::is_same_v<T, float>) return *at;
+  if constexpr (std::is_same_v<T, BF16>) {
+    const uint32_t bits = (uint32_t)at->bits << 16;
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+  }
+  if constexpr (std::is_same_v<T, FP16>) {
+    _Float16 x;
+    std::memcpy(&x, at, 2);
+    return (float)x;
+  }
+}
+
+template <typename Layout>
+struct Worker {
+  using T = typename Layout::Scalar;
+  const Call& call;
+  const int64_t group = call.heads / call.kv_heads;
+
+  // Row m of a KV head is query head m % group of the sequence's row m / group.
+  int64_t row_of(const Item& item, int64_t m) const { return call.row_starts[item.job] + (item.first + m) / group; }
+  int64_t head_of(const Item& item, int64_t m) const { return item.head * group + (item.first + m) % group; }
+
+  void take_queries(const Item& item, const Space& space) const {
+    const T* query = static_cast<const T*>(call.query);
+    for (int64_t m = 0; m < item.count; ++m) {
+      const T* from = query + row_of(item, m) * call.query_row + head_of(item, m) * call.query_head;
+      float* to = space.query + m / TILE * TILE * call.dim + m % TILE;
+      for (int64_t d = 0; d < call.dim; ++d) to[d * TILE] = scalar(from + d) * call.scale;
+    }
+  }
+
+  Tile tile_at(const Space& space, int64_t m) const {
+    return {space.query + m * call.dim, space.found + m * call.dim, space.maxima + m, space.totals + m};
+  }
+
+  void see_nodes(const Item& item, const Space& space) const {
+    const int64_t nodes = call.node_counts[item.job], start = call.node_starts[item.job], dim = call.dim;
+    if (!nodes) return;
+    uint64_t words[MAX_ROWS], named = 0;
+    for (int64_t m = 0; m < item.count; ++m) named |= words[m] = (uint64_t)call.ancestors[row_of(item, m)];
+    // Nodes that no row names may hold anything: their weight is 0, but 0 * NaN would not be.
+    const int64_t width = (nodes + UNIT - 1) / UNIT * UNIT;
+    const T *all_keys = static_cast<const T*>(call.keys), *all_values = static_cast<const T*>(call.values);
+    for (int64_t n = 0; n < width; ++n) {
+      const bool used = n < nodes && (named >> n & 1);
+      const T* key = all_keys + (start + n) * call.key_row + item.head * call.key_head;
+      const T* value = all_values + (start + n) * call.value_row + item.head * call.value_head;
+      for (int64_t d = 0; d < dim; ++d) space.keys[d * MAX_NODES + n] = used ? scalar(key + d) : 0.0f;
+      for (int64_t d = 0; d < dim; d += LANES)
+        store(space.values + n * dim + d, used ? load(value + d) : Floats{});
+    }
+    Step<float> step;
+    step.pieces[0] = {space.keys, space.values, 0, nodes, 0};
+    step.count = 1;
+    step.slots = nodes;
+    Words bits;
+    for (int i = 0; i < LANES; ++i) bits[i] = 1u << i;
+    for (int64_t m = 0; m < item.count; m += TILE) {
+      const uint64_t* word = words + m;
+      const uint64_t exist = nodes < 64 ? (uint64_t(1) << nodes) - 1 : ~uint64_t(0);
+      const auto seen = [=](int r, int64_t s) {
+        return (Words{} + (uint32_t)((word[r] & exist) >> s) & bits) != 0;
+      };
+      advance<Rows<float>>(std::min<int64_t>(TILE, item.count - m), tile_at(space, m), step, MAX_NODES, dim,
+                           call.softcap, seen);
+    }
+  }
+
+  void see_context(const Item& item, const Space& space) const {
+    const int32_t* table = call.tables + item.job * call.table_row;
+    const T* pages = static_cast<const T*>(call.pages) + item.head * call.page_head;
+    const int64_t block = call.block, dim = call.dim, context = call.context_lens[item.job];
+    int32_t oldest[MAX_ROWS];  // first slot that a row sees
+    for (int64_t m = 0; m < item.count; ++m)
+      oldest[m] = call.window > 0
+                      ? (int32_t)std::max<int64_t>(0, context + call.depths[row_of(item, m)] - call.window + 1)
+                      : 0;
+    Ints order;
+    for (int i = 0; i < LANES; ++i) order[i] = i;
+    for (int64_t begin = item.begin; begin < item.end;) {
+      Step<T> step;
+      int64_t slot = begin;
+      while (slot < item.end && step.slots < STEP) {
+        const T* page = pages + table[slot / block] * call.page_stride;
+        const int64_t inside = slot % block;
+        const int64_t count = std::min({block - inside, item.end - slot, STEP - step.slots});
+        step.pieces[step.count++] = {page, page + block * dim, inside, count, step.slots};
+        step.slots += count;
+        slot += count;
+      }
+      for (int64_t m = 0; m < item.count; m += TILE) {
+        const int32_t* first = oldest + m;
+        const auto seen = [=](int r, int64_t s) {
+          const Ints at = order + (int32_t)(begin + s);
+          return (at >= first[r]) & (at < (int32_t)slot);
+        };
+        advance<Layout>(std::min<int64_t>(TILE, item.count - m), tile_at(space, m), step, block, dim, call.softcap,
+                        seen);
+      }
+      begin = slot;
+    }
+  }
+
+  void write(const Item& item, int64_t m, const float* found, float total) const {
+    T* to = static_cast<T*>(call.out) + row_of(item, m) * call.out_row + head_of(item, m) * call.out_head;
+    for (int64_t d = 0; d < call.dim; ++d) save(to + d, found[d] / total);
+  }
+
+  void run(const Item& item, const Space& space, float* results) const {
+    std::fill_n(space.found, item.count * call.dim, 0.0f);
+    std::fill_n(space.maxima, item.count, -INFINITE);
+    std::fill_n(space.totals, item.count, 0.0f);
+    take_queries(item, space);
+    if (item.part == 0) see_nodes(item, space);
+    see_context(item, space);
+    if (item.parts == 1) {
+      for (int64_t m = 0; m < item.count; ++m) write(item, m, space.found + m * call.dim, space.totals[m]);
+      return;
+    }
+    float* result = results + item.result;
+    std::memcpy(result, space.found, item.count * call.dim * sizeof(float));
+    std::memcpy(result + item.count * call.dim, space.maxima, item.count * sizeof(float));
+    std::memcpy(result + item.count * (call.dim + 1), space.totals, item.count * sizeof(float));
+  }
+
+  // `last` is the item of the family's last range; those of the others lie before it.
+  void merge(const Item& last, const Space& space, const float* results) const {
+    const int64_t dim = call.dim, count = last.count, size = count * (dim + 2);
+    const float* first = results + last.result - (last.parts - 1) * size;
+    for (int64_t m = 0; m < count; ++m) {
+      float pivot = LOWEST, total = 0;
+      for (int64_t p = 0; p < last.parts; ++p) pivot = std::max(pivot, first[p * size + count * dim + m]);
+      std::fill_n(space.found, dim, 0.0f);
+      for (int64_t p = 0; p < last.parts; ++p) {
+        const float* part = first + p * size;
+        const float factor = exponential(broadcast(part[count * dim + m] - pivot))[0];
+        total += factor * part[count * (dim + 1) + m];
+        for (int64_t d = 0; d < dim; ++d) space.found[d] += factor * part[m * dim + d];
+      }
+      write(last, m, space.found, total);
+    }
+  }
+};
+
+template <typename Layout>
+int attend(const Call& call) {
+  int64_t families, results;
+  const std::vector<Item> items = divide(call, families, results);
+  const int64_t number = (int64_t)items.size(), threads = std::min(call.threads, number);
+  if (!number) return 0;
+  const int64_t each = (Space::size(call.dim) + 15) / 16 * 16;
+  float* memory = keep(threads * each + results);
+  if (!memory) return 1;
+  std::vector<std::atomic<int64_t>> missing(families);
+  for (const Item& item : items) missing[item.family].store(item.parts, std::memory_order_relaxed);
+  std::atomic<int64_t> next{0};
+  const Worker<Layout> worker{call};
+#pragma omp parallel num_threads(threads)
+  {
+    const Space space(memory + omp_get_thread_num() * each, call.dim);
+    float* unfinished = memory + threads * each;
+    for (int64_t i; (i = next.fetch_add(1)) < number;) {
+      const Item& item = items[i];
+      worker.run(item, space, unfinished);
+      if (item.parts > 1 && missing[item.family].fetch_sub(1) == 1)
+        worker.merge(items[i + item.parts - 1 - item.part], space, unfinished);
+    }
+  }
+  return 0;
+}
+
+}  // namespace
+
+// 0, or 1 where memory is short, 2 for a layout and dtype that do not exist together.
+extern "C" int tree_attention(const Call* call) {
+  try {
+    if (call->layout == 0 && call->dtype == 0) return attend<Rows<float>>(*call);
+    if (call->layout == 0 && call->dtype == 1) return attend<Rows<BF16>>(*call);
+    if (call->layout == 0 && call->dtype == 2) return attend<Rows<FP16>>(*call);
+    if (call->layout == 1 && call->dtype == 1) return attend<Pairs>(*call);
+    return 2;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
