@@ -129,11 +129,16 @@ class OptimizerSettings(Section):
         row_length: tokens of a row; documents are packed and never split.
         micro_rows: rows of a forward; None for all of a worker's at once. Fewer take less memory.
         lr: peak learning rate of AdamW.
+        muon_lr: peak learning rate of Muon for the head's matrices, on AdamW's scale; None trains them with AdamW,
+            too.
         betas: of AdamW.
-        weight_decay: of AdamW.
+        weight_decay: of both.
         schedule: after the warm-up, down to zero.
         warmup_steps: linear warm-up.
         clip_value: gradients are clipped to this magnitude, element by element.
+        balance_inputs: whether token embeddings are scaled to the size of the features while the head is trained;
+            the factor is folded into ``fc`` at the end. Where they are much smaller, as tied embeddings are, a head
+            otherwise hardly learns to read them.
         feature_noise: width of the uniform noise on the target's features.
         rollout: phases in order.
         rollout_decay: weight of a rollout step relative to the one before.
@@ -150,11 +155,13 @@ class OptimizerSettings(Section):
     row_length: int = Field(default=2048, ge=8)
     micro_rows: int | None = Field(default=None, ge=1)
     lr: float = Field(default=9e-5, gt=0)
+    muon_lr: float | None = Field(default=None, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(default=1e-3, ge=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = Field(default=2000, ge=0)
     clip_value: float = Field(default=0.5, gt=0)
+    balance_inputs: bool = False
     feature_noise: float = Field(default=0.2, ge=0)
     rollout: list[Phase] = [Phase(share=1.0, steps=1)]
     rollout_decay: float = Field(default=1.0, gt=0)

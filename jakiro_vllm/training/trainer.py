@@ -5,6 +5,7 @@ Shapes: R rows of a step over all workers, B rows of a forward, L positions, C h
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import json
@@ -132,22 +133,24 @@ class _Session:
         longest = max((len(held_out.document(i)) for i in range(len(held_out))), default=0)
         self.head.prepare_positions(max(recipe.row_length, longest))
         self.parameters = list(self.head.parameters())
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=recipe.lr,
-            betas=recipe.betas,
-            weight_decay=recipe.weight_decay,
-            fused=self.device.type in ("cuda", "cpu"),
-        )
-        self.schedule = _schedule(self.optimizer, recipe, self.total_steps)
+        self.embed_scale = self._input_balance() if recipe.balance_inputs else 1.0
+        if recipe.warmup_steps > self.total_steps // 2:
+            logger.warning(
+                "optimizer.warmup_steps is cut from %d to %d, half of the run",
+                recipe.warmup_steps,
+                self.total_steps // 2,
+            )
+        self.optimizers = _optimizers(self.head, recipe)
+        self.schedules = [_schedule(optimizer, recipe, self.total_steps) for optimizer in self.optimizers]
+        self.stateful: list[Any] = [*self.optimizers, *self.schedules]
         self.functions = compiled_functions() if recipe.compile else PLAIN
         self.checkpoint = _Checkpoint(work / CHECKPOINT, _fingerprint(target, spec, documents, recipe))
         state = self.checkpoint.load()
         self.first_step, self.saved_step, self.tokens = 0, 0, 0
         if state is not None:
             self.head.load_state_dict(state["head"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.schedule.load_state_dict(state["schedule"])
+            for mine, kept in zip(self.stateful, state["optimizers"], strict=True):
+                mine.load_state_dict(kept)
             self.first_step = self.saved_step = state["step"]
             self.tokens = state["tokens"]
         self.workers.barrier()  # nobody writes before all have read
@@ -172,9 +175,9 @@ class _Session:
             self.workers.size,
         )
         self._train()
-        quality = self._evaluate(self.total_steps)
+        head = self._folded()
+        quality = self._evaluate(head, self.total_steps)
         logger.info("held out: %s", quality)
-        head = self.head.eval().requires_grad_(False)
         return TrainingResult(head, quality, self.total_steps, self.tokens, count, time.monotonic() - started)
 
     def _train(self) -> None:
@@ -188,7 +191,7 @@ class _Session:
         )
         with bar, _read_ahead(self._host_step, range(self.first_step, self.total_steps), self.features) as steps:
             for step, work in zip(range(self.first_step, self.total_steps), steps, strict=True):
-                lr = float(self.schedule.get_last_lr()[0])
+                lr = float(self.schedules[0].get_last_lr()[0])
                 loss = self._step(step, work)
                 self.tokens += work.tokens
                 rate = (self.tokens - first_tokens) / (time.monotonic() - started)
@@ -201,7 +204,7 @@ class _Session:
                     self._save(done)
                 every = self.recipe.evaluate_steps
                 if every is not None and done % every == 0 and done < self.total_steps:
-                    logger.info("step %d, held out: %s", done, self._evaluate(done))
+                    logger.info("step %d, held out: %s", done, self._evaluate(self._folded(), done))
 
     def _host_step(self, step: int) -> _StepWork:
         """What a step needs, as far as it can be had ahead of time: segments, tokens, and features from disk."""
@@ -238,9 +241,10 @@ class _Session:
         if not (math.isfinite(value) and math.isfinite(norm)):
             raise self._stopped(step, value, norm)
         torch.nn.utils.clip_grad_value_(self.parameters, self.recipe.clip_value)
-        self.optimizer.step()
-        self.schedule.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
         return value
 
     def _loss(self, step: int, forward: _Forward, work: _StepWork) -> Tensor:
@@ -254,7 +258,7 @@ class _Session:
                 else:
                     features = forward.features.to(self.device)
                 features = features.float()
-                embeds = self.target.embed(batch.tokens).float()
+                embeds = self.target.embed(batch.tokens).float() * self.embed_scale
                 seen = features + self._noise(step, forward.numbers, features)
             outputs = self.functions.draft(
                 self.head,
@@ -280,11 +284,26 @@ class _Session:
             noise.sub_(0.5).mul_(self.recipe.feature_noise)
         return noise
 
-    def _evaluate(self, done: int) -> Quality:
-        self.head.eval()
+    @torch.no_grad()
+    def _input_balance(self) -> float:
+        """How much larger features are than embeddings, as root mean squares over the first row of the run."""
+        rows, chosen = self.plan.step(0)
+        batch = rows.batch(chosen[:1]).to(self.device)
+        features = place_features(rows.batch(chosen[:1]), self.features, self.device).float()
+        inside = batch.segments > 0
+        sizes = [x[inside].square().mean().sqrt() for x in (features, self.target.embed(batch.tokens).float())]
+        return float(sizes[0] / sizes[1])
+
+    @torch.no_grad()
+    def _folded(self) -> DraftHead:
+        """The head as it reads embeddings when it is served: their scale goes into the matrix that reads them."""
+        head = copy.deepcopy(self.head).eval().requires_grad_(False)
+        head.fc.weight[:, : self.target.hidden_size] *= self.embed_scale
+        return head
+
+    def _evaluate(self, head: DraftHead, done: int) -> Quality:
         source = StreamedFeatures(self.target, self.held_out, self.settings.features.batch_tokens)
-        quality = evaluate_head(self.target, self.head, self.held_out, source, self.settings.evaluation)
-        self.head.train()
+        quality = evaluate_head(self.target, head, self.held_out, source, self.settings.evaluation)
         if self.record is not None:
             self.record.quality(done, quality)
         return quality
@@ -294,8 +313,7 @@ class _Session:
             self.checkpoint.save(
                 {
                     "head": self.head.state_dict(),
-                    "optimizer": self.optimizer.state_dict(),
-                    "schedule": self.schedule.state_dict(),
+                    "optimizers": [mine.state_dict() for mine in self.stateful],
                     "step": done,
                     "tokens": self.tokens,
                 }
@@ -481,11 +499,33 @@ def _total_steps(plan: Plan, recipe: OptimizerSettings) -> int:
     return total
 
 
+def _optimizers(head: DraftHead, recipe: OptimizerSettings) -> list[torch.optim.Optimizer]:
+    """AdamW; with ``muon_lr``, Muon for the matrices and AdamW for the gate and the norm."""
+    matrices = {
+        name: parameter
+        for name, parameter in head.named_parameters()
+        if recipe.muon_lr is not None and parameter.ndim == 2 and not name.endswith("gate.weight")
+    }
+    rest = [parameter for name, parameter in head.named_parameters() if name not in matrices]
+    fused = rest[0].device.type in ("cuda", "cpu")
+    found: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(rest, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=fused)
+    ]
+    if recipe.muon_lr is not None:
+        found.append(
+            torch.optim.Muon(
+                list(matrices.values()),
+                lr=recipe.muon_lr,
+                weight_decay=recipe.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+    return found
+
+
 def _schedule(optimizer: torch.optim.Optimizer, recipe: OptimizerSettings, total: int) -> LRScheduler:
     """The learning rate by step; a warm-up longer than half of a short run is cut to that."""
     warmup = min(recipe.warmup_steps, total // 2)
-    if warmup < recipe.warmup_steps:
-        logger.warning("optimizer.warmup_steps is cut from %d to %d, half of the run", recipe.warmup_steps, warmup)
     return get_scheduler(_SCHEDULES[recipe.schedule], optimizer, warmup, total)
 
 

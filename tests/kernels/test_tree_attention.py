@@ -1,13 +1,19 @@
 """Tree attention over pages that vLLM's own operator wrote, against the dense float64 reference.
 
+Every test runs with the compiled kernel and with the one in PyTorch, unless it says otherwise.
+
 J sequences, H query heads, G KV heads, D head size, P pages of B slots.
 """
 
 from __future__ import annotations
 
+import ctypes
+import platform
 import random
-from collections.abc import Sequence
+import subprocess
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +21,7 @@ import torch
 from reference_tree import SHAPES, ancestor_word, depths_of, path_to, random_parents
 from torch import Tensor
 
-from jakiro_vllm.kernels.tree_attention import PagedCache, TreeJobs, tree_attention
+from jakiro_vllm.kernels.tree_attention import PagedCache, TreeJobs, cpu_kernel, native, prepare, tree_attention
 from jakiro_vllm.kernels.tree_attention.reference import tree_attention_reference
 
 #: Inputs are rounded to the dtype before both sides see them. What is left is the rounding of the output,
@@ -28,6 +34,37 @@ TOLERANCES = {
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 #: What rows outside all jobs hold before and after.
 UNTOUCHED = 123.0
+
+
+@pytest.fixture(autouse=True, params=["native", "pytorch"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which kernel works; the other must not be called."""
+    chosen: str = request.param
+    if chosen == "pytorch":
+        monkeypatch.setattr(native, "library", lambda: None)
+    elif native.library() is None:
+        pytest.skip("needs a C++ compiler")
+    else:
+        monkeypatch.setattr(cpu_kernel, "attend", unexpected)
+    return chosen
+
+
+def unexpected(*arguments: Any) -> None:
+    """Stands in for the kernel in PyTorch."""
+    raise AssertionError("the compiled kernel was left out")
+
+
+#: For tests of what only the compiled kernel does.
+native_only = pytest.mark.parametrize("kernel", ["native"], indirect=True)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """More threads than a small problem has items, so that contexts are divided among them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
 
 
 def vllm_operators() -> Any:
@@ -72,6 +109,10 @@ LAYOUTS = [
         for dtype in (torch.float32, torch.bfloat16, torch.float16)
     ),
     *(Layout("amx", block, dim, torch.bfloat16) for block in (32, 64, 128) for dim in (64, 128)),
+    # Small and large heads, pages that do not divide a step of the kernel, and pages longer than one.
+    *(Layout("vec", 32, dim, dtype) for dim in (32, 96, 192, 256) for dtype in (torch.float32, torch.bfloat16)),
+    *(Layout("vec", block, 64, dtype) for block in (96, 160, 256) for dtype in (torch.float32, torch.float16)),
+    *(Layout("amx", block, dim, torch.bfloat16) for block, dim in ((96, 64), (256, 256))),
 ]
 
 
@@ -392,6 +433,173 @@ def test_output_may_be_part_of_a_larger_tensor(rng: random.Random) -> None:
     assert wide[:, :, 64:].isnan().all()
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_anything(seed: int) -> None:
+    """Random layouts, batches, trees, contexts, windows and caps."""
+    rng = random.Random(seed)
+    layout = rng.choice(LAYOUTS)
+    jobs = rng.randint(1, 5)
+    parents = [random_parents(rng.choice(SHAPES), rng.choice([1, 2, 17, 25, 63, 64]), rng) for _ in range(jobs)]
+    contexts = [rng.choice([0, 1, rng.randrange(200), rng.randrange(1500)]) for _ in range(jobs)]
+    problem = Problem(contexts, parents, rng.choice([1, 2, 3]), rng.choice([1, 2, 3, 4, 7, 8]), layout, seed=seed)
+    options: dict[str, Any] = {}
+    if rng.random() < 0.5:
+        options["window"] = max(max(depths_of(p)) for p in parents) + rng.randint(1, 300)
+    if rng.random() < 0.5:
+        options["softcap"] = rng.choice([1.0, 30.0])
+    Inputs(problem).check(**options)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("window", [-1, 700, 2000])
+@pytest.mark.parametrize("layout", [Layout(), Layout("amx", 32, 64, torch.bfloat16)], ids=str)
+def test_a_context_divided_among_threads(layout: Layout, window: int, rng: random.Random) -> None:
+    """Ranges that some rows' windows leave out, a last one of a single slot, and company that is not divided."""
+    parents = [random_parents("random", size, rng) for size in (25, 3, 64)]
+    inputs = Inputs(Problem([2049, 90, 1500], parents, kv_heads=1, layout=layout))
+    inputs.check(window=window)
+    first = inputs.run(window=window)
+    for _ in range(5):
+        assert torch.equal(inputs.run(window=window), first), "the result depends on which thread did what"
+
+
+def test_more_rows_than_a_thread_takes_at_once(rng: random.Random) -> None:
+    parents = [random_parents("random", size, rng) for size in (64, 50)]
+    Inputs(Problem([40, 300], parents, kv_heads=1, group=8)).check()
+
+
+def test_tensors_may_be_parts_of_larger_ones(rng: random.Random) -> None:
+    """Queries, keys and values as a fused projection leaves them, and pages with something between them."""
+    inputs = Inputs(Problem([40, 5, 100], [random_parents("random", size, rng) for size in (12, 1, 30)]))
+    arguments = inputs.packed()
+    wide = {}
+    for name in ("query", "tree_keys", "tree_values"):
+        whole = torch.full((arguments[name].shape[0], 3, *arguments[name].shape[1:]), float("nan"))
+        wide[name] = whole[:, 1]
+        wide[name].copy_(arguments[name])
+    found = inputs.run(**wide).double()
+    torch.testing.assert_close(found, inputs.expect(), **TOLERANCES[torch.float32])
+
+
+@native_only
+def test_pages_may_lie_apart(rng: random.Random) -> None:
+    inputs = Inputs(Problem([40, 5, 100], [random_parents("random", size, rng) for size in (12, 1, 30)]))
+    pages = inputs.cache.pages
+    apart = torch.full((pages.shape[0], 2, *pages.shape[1:]), float("nan"))[:, 1]
+    apart.copy_(pages)
+    found = inputs.run(cache=PagedCache(apart, "vec")).double()
+    torch.testing.assert_close(found, inputs.expect(), **TOLERANCES[torch.float32])
+
+
+def test_what_is_not_a_number_shows() -> None:
+    """A broken model's keys must not look like an answer; who does not see them is spared."""
+    inputs = Inputs(Problem([40, 40], [[-1, 0, 0], [-1, 0]], kv_heads=1))
+    block = inputs.problem.layout.block
+    page = int(inputs.tables[0, 7 // block])
+    inputs.cache.pages.view(-1, 2, 64, block)[page, 0, :, 7 % block] = float("nan")
+    found = inputs.run()
+    assert found[:3].isnan().all()
+    torch.testing.assert_close(found[3:].double(), inputs.expect()[3:], **TOLERANCES[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=NAMES.get)
+def test_every_number_of_a_short_dtype(dtype: torch.dtype) -> None:
+    """A tree of one node returns its value; one of two under a zero query their mean, rounded once."""
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(-1, 1, 64)  # [1024, 1, 64]
+    every = torch.where(every.isfinite(), every, torch.zeros_like(every))
+    shifted = torch.cat([every[1:], every[:1]])
+    for values in (every, torch.stack([every, shifted], dim=1).flatten(0, 1)):
+        nodes = values.shape[0] // 1024
+        count, start = torch.full((1024,), nodes), torch.arange(1024)
+        jobs = TreeJobs(
+            block_tables=torch.zeros(1024, 1, dtype=torch.int32),
+            context_lens=torch.zeros(1024, dtype=torch.int64),
+            row_starts=start,
+            row_counts=torch.ones(1024, dtype=torch.int64),
+            node_starts=start * nodes,
+            node_counts=count,
+        )
+        query = torch.zeros_like(every)
+        out = torch.full_like(every, float("nan"))
+        cache = PagedCache(torch.full((1, 1, 32, 128), float("nan"), dtype=dtype), "vec")
+        words, depths = torch.full((1024,), 2**nodes - 1), torch.zeros(1024, dtype=torch.int64)
+        tree_attention(query, cache, jobs, torch.zeros_like(values), values, words, depths, 1.0, out)
+        mean = values.float().view(1024, nodes, 64).sum(dim=1) / nodes
+        assert torch.equal(out, mean.to(dtype).view_as(out))
+
+
+@native_only
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86 instruction sets")
+@pytest.mark.parametrize("machine", ["x86-64", "x86-64-v3"])
+def test_older_instruction_sets(machine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other machines compile: narrower vectors, conversions without an instruction."""
+    flags = tuple(f"-march={machine}" if flag.startswith("-march") else flag for flag in native.FLAGS)
+    compiler = native.compiler()
+    assert compiler is not None
+    if machine == "x86-64-v3" and not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        pytest.skip("needs AVX2")
+    monkeypatch.setattr(native, "FLAGS", flags)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library = native.load(native.build(compiler))
+    monkeypatch.setattr(native, "library", lambda: library)
+    for layout in LAYOUTS[::3]:
+        Inputs(everything(layout, kv_heads=1, group=3)).check(softcap=20.0)
+    for dtype in (torch.bfloat16, torch.float16):
+        test_every_number_of_a_short_dtype(dtype)
+
+
+# How the compiled kernel comes about.
+
+
+@native_only
+def test_the_library_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "SOURCE", tmp_path / "native.cpp")
+    native.SOURCE.write_text('extern "C" int tree_attention(const void*) { return 0; }')
+    compiler = native.compiler()
+    assert compiler is not None
+    built = native.build(compiler)
+    assert list(built.parent.iterdir()) == [built], "something was left behind"
+    written = built.stat().st_mtime_ns
+    assert native.build(compiler) == built
+    assert built.stat().st_mtime_ns == written
+    native.SOURCE.write_text('extern "C" int tree_attention(const void*) { return 1; }')
+    assert native.build(compiler) != built
+    native.SOURCE.write_text("no C++")
+    with pytest.raises(subprocess.CalledProcessError):
+        native.build(compiler)
+    assert len(list(built.parent.iterdir())) == 2
+
+
+@pytest.mark.parametrize("kernel", ["pytorch"], indirect=True)
+@pytest.mark.parametrize("missing", ["compiler", "folder", "sense"])
+def test_without_a_library_the_work_is_done_and_said(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.undo()  # the fixture's replacement of what is tested here
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if missing == "compiler":
+        monkeypatch.setenv("PATH", "")
+    elif missing == "folder":
+        (tmp_path / "jakiro_vllm").write_text("a file")
+    else:
+        monkeypatch.setattr(native, "SOURCE", tmp_path / "native.cpp")
+        native.SOURCE.write_text("no C++")
+    native.library.cache_clear()
+    try:
+        assert not prepare()
+        assert not prepare()
+        Inputs(everything(Layout())).check()
+    finally:
+        native.library.cache_clear()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "PyTorch" in caplog.text
+
+
+def test_the_arguments_have_the_size_that_the_kernel_expects() -> None:
+    assert ctypes.sizeof(native.Call) == 8 * (5 * 3 + 2 + 7 + 9) + 2 * 4
+
+
 # Negative controls: what must make the comparison fail.
 
 
@@ -551,3 +759,18 @@ def test_another_device_is_refused() -> None:
     inputs = Inputs(Problem([3], [[-1]]))
     with pytest.raises(ValueError, match="meta"):
         tree_attention(**(inputs.packed() | {"query": torch.empty(4, 4, 64, device="meta")}))
+
+
+@native_only
+def test_too_many_nodes_are_refused() -> None:
+    inputs = Inputs(Problem([3], [list(range(-1, 64))]))
+    inputs.words = [torch.ones(65, dtype=torch.int64)]
+    with pytest.raises(ValueError, match="at most 64 nodes"):
+        inputs.run()
+
+
+@native_only
+def test_pairs_of_another_dtype_are_refused() -> None:
+    inputs = Inputs(Problem([3], [[-1]]))
+    with pytest.raises(ValueError, match="bfloat16 only"):
+        inputs.run(cache=replace(inputs.cache, layout="amx"))

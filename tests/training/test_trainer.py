@@ -100,6 +100,29 @@ def test_a_head_learns(target: Target, tmp_path: Path, variant: str, precision: 
     assert length_after > length_before
 
 
+def test_the_scale_of_embeddings_is_folded_into_the_head(target: Target, tmp_path: Path) -> None:
+    """What was trained on scaled embeddings is served with raw ones."""
+    result = tiny_run(tmp_path, tiny_settings(balance_inputs=True), target)
+    trained = torch.load(tmp_path / CHECKPOINT, weights_only=True)["head"]["fc.weight"]
+    served, hidden = result.head.fc.weight, target.hidden_size
+    assert torch.equal(served[:, hidden:], trained[:, hidden:])
+    scale = served[0, 0] / trained[0, 0]
+    torch.testing.assert_close(served[:, :hidden], trained[:, :hidden] * scale)
+    features = torch.cat(target.features([random_shard().document(i) for i in range(24)]))
+    embeddings = target.model.get_input_embeddings().weight
+    assert scale == pytest.approx(float(features.square().mean().sqrt() / embeddings.square().mean().sqrt()), rel=0.2)
+    assert scale > 2, "else nothing is shown"
+
+
+def test_muon_trains_the_matrices(tmp_path: Path) -> None:
+    session = [tiny_run(tmp_path / str(lr), tiny_settings(muon_lr=lr, lr=1e-9, epochs=1)).head for lr in (1e-2, 1e-9)]
+    moved = {
+        n for n, p in session[0].named_parameters() if not torch.allclose(p, dict(session[1].named_parameters())[n])
+    }
+    still = {name for name, _ in session[0].named_parameters()} - moved
+    assert still == {"norm.weight", "experts.gate.weight"}
+
+
 def test_gradients_may_be_accumulated(tmp_path: Path) -> None:
     for name, micro in (("whole", None), ("single", 1), ("pairs", 2)):
         tiny_run(tmp_path / name, tiny_settings(micro_rows=micro))
@@ -113,7 +136,7 @@ def test_two_workers_do_what_one_does(tmp_path: Path) -> None:
     """Three rows a step: the workers' shares differ."""
     settings = [
         tiny_settings({"variant": "jakiro"}, rollout=[{"share": 0.5, "steps": 1}, {"share": 0.5, "steps": 2}]),
-        tiny_settings({"variant": "jakiro_star"}, loss={"experts": 0.5}, micro_rows=1),
+        tiny_settings({"variant": "jakiro_star"}, loss={"experts": 0.5}, micro_rows=1, balance_inputs=True),
     ]
     context = multiprocessing.get_context("spawn")
     workers = [context.Process(target=run_as_worker, args=(rank, 2, str(tmp_path), settings)) for rank in range(2)]
@@ -190,8 +213,10 @@ def test_more_workers_than_rows_are_refused(tmp_path: Path, monkeypatch: pytest.
         tiny_run(tmp_path, tiny_settings())
 
 
-def test_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    settings = tiny_settings(rollout=[{"share": 0.5, "steps": 1}, {"share": 0.5, "steps": 2}])
+@pytest.mark.parametrize("more", [{}, {"muon_lr": 1e-2, "balance_inputs": True}], ids=["AdamW", "Muon, balanced"])
+def test_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, more: dict[str, Any]) -> None:
+    rollout = [{"share": 0.5, "steps": 1}, {"share": 0.5, "steps": 2}]
+    settings = tiny_settings(rollout=rollout, **more)
     context = multiprocessing.get_context("spawn")
     killed = context.Process(target=run_and_die, args=(str(tmp_path / "killed"), settings, 7))
     killed.start()
