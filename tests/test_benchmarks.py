@@ -1,13 +1,24 @@
-"""The benchmark of the GPU kernels runs where there is no GPU, at toy sizes, and says that its times mean nothing."""
+"""Benchmarks: kernels at toy sizes without a GPU, and the comparison of heads up to its tables and plot."""
 
 from __future__ import annotations
 
 import csv
+import importlib.util
+import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from transformers import AutoConfig
+
+from jakiro_vllm.draft.head import DraftHead
+from jakiro_vllm.draft.registry import EMBEDDED_TARGET
+from jakiro_vllm.integration.acceptance import Tally
+from jakiro_vllm.training.frozen import head_spec
+from jakiro_vllm.training.pair import PairRecipe
 
 ROOT = Path(__file__).resolve().parent.parent
 OPERATIONS = {
@@ -46,3 +57,54 @@ def test_without_a_gpu_a_benchmark_says_so(script: str, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
     assert "no GPU answers" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def heads() -> ModuleType:
+    """The module of ``benchmarks/heads.py``."""
+    spec = importlib.util.spec_from_file_location("heads", ROOT / "benchmarks" / "heads.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["heads"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_contestants_have_as_many_parameters(heads: ModuleType, tmp_path: Path) -> None:
+    target = AutoConfig.from_pretrained(EMBEDDED_TARGET)
+    counts = []
+    for contestant in heads.CONTESTANTS:
+        run = heads.Run(contestant, "with", 0)
+        settings = heads.settings_of(run, tmp_path, PairRecipe(), 256, 1.0)
+        counts.append(sum(p.numel() for p in DraftHead(head_spec(target, settings.head)).parameters()))
+    assert max(counts) < 1.03 * min(counts)
+
+
+def test_the_comparison_of_heads_is_paired_and_averaged(heads: ModuleType, tmp_path: Path) -> None:
+    runs = [heads.Run(c, rollout, seed) for seed in (0, 1) for rollout in heads.ROLLOUTS for c in heads.CONTESTANTS]
+    for run in runs:
+        better = run.contestant.name == "jakiro, mixture"
+        tallies = []
+        for prompt in range(6):
+            tally = Tally()
+            for _ in range(10):
+                tally.add(2 + prompt % 3 + better)
+            tallies.append(asdict(tally))
+        folder = tmp_path / "heads" / run.folder
+        folder.mkdir(parents=True)
+        (folder / "training.json").write_text(json.dumps({"parameters": 7, "steps": 8, "tokens": 9}))
+        found = {
+            f"{tree}, {t}": {"forwards": 5, "tallies": tallies} for tree in heads.TREES for t in heads.TEMPERATURES
+        }
+        (folder / "tallies.json").write_text(json.dumps(found))
+    means = heads.summary(heads.rows_of(runs, tmp_path))
+    assert len(means) == len(heads.TREES) * len(heads.TEMPERATURES) * len(heads.ROLLOUTS) * len(heads.CONTESTANTS)
+    for row in means:
+        expected = 4 / 3 if row["head"] == "jakiro, mixture" else 1
+        assert row["ratio"] == pytest.approx(expected, abs=1e-4)
+        assert (row["seeds"], row["ratio_half"]) == (2, pytest.approx(0, abs=1e-9))
+    heads.write_table(means, tmp_path / "t.md")
+    assert "| jakiro, mixture | 5 | 7 | 4.000 ± 0.000 | 1.333 ± 0.000 |" in (tmp_path / "t.md").read_text()
+    heads.plot(means, tmp_path / "t.png")
+    assert (tmp_path / "t.png").stat().st_size > 10_000
