@@ -12,6 +12,8 @@ import logging
 import os
 import subprocess
 import sys
+import textwrap
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +30,11 @@ from jakiro_vllm.training.resume import write_atomically
 from jakiro_vllm.training.settings import GenerationSettings, TrainSettings
 
 logger = logging.getLogger(__name__)
+
+#: File beside the settings in which a failed process leaves its reason.
+_FAILURE = "failure.txt"
+#: Between looks at whether the run that started this process is still there.
+_WATCH_SECONDS = 0.5
 
 
 class GenerationFailed(JakiroError):
@@ -123,6 +130,9 @@ class Answerer:
                     detokenize=False,
                 )
             )
+        # What earlier parts left in the cache would change how prompts are computed, and with it ties between tokens:
+        # a part must not depend on whether it is the first after an interruption.
+        self.engine.reset_prefix_cache()
         outputs = self.engine.generate(asked, params, use_tqdm=False)
         shard = pack_documents(part.prompts, [list(output.outputs[0].token_ids) for output in outputs])
         save_shard(shard, part.file)
@@ -169,7 +179,7 @@ def answer_in_subprocess(work: Path, settings: TrainSettings) -> None:
     """Answers what is missing, in a process of its own: vLLM pins the threads of the one it runs in.
 
     Raises:
-        GenerationFailed: if the process failed; its own output, which is shown, says why.
+        GenerationFailed: if the process failed, with its last error; its whole output is shown.
     """
     train, held_out = plan(work, settings)
     if not missing([*train, *held_out]):
@@ -177,13 +187,35 @@ def answer_in_subprocess(work: Path, settings: TrainSettings) -> None:
         return
     file = work / "answers" / "settings.json"
     write_atomically(file, settings.model_dump_json(indent=2) + "\n")
-    command = [sys.executable, "-m", "jakiro_vllm.training.answers", str(work), str(file)]
-    code = subprocess.run(command, check=False).returncode
+    failure = file.parent / _FAILURE
+    failure.unlink(missing_ok=True)
+    # -P: modules are not looked for in the user's folder, as they are not by the command jakiro-vllm.
+    command = [sys.executable, "-P", "-m", "jakiro_vllm.training.answers", str(work), str(file)]
+    code = subprocess.run([*command, "--parent", str(os.getpid())], check=False).returncode
     if code:
         why = f"was ended by signal {-code}" if code < 0 else f"failed with exit code {code}"
+        reason = f" ({failure.read_text(encoding='utf-8').strip()})" if failure.is_file() else ""
         raise GenerationFailed(
-            f"generation {why}, see its output above; finished parts are kept in {file.parent}, run again to go on"
+            f"generation {why}{reason}, see its output above; finished parts are kept in {file.parent}, run again "
+            "to go on"
         )
+
+
+def end_with(parent: int) -> None:
+    """Ends this process when the one that started it is gone.
+
+    Otherwise an engine would outlive a killed run, and write the same files as the one that a new run starts.
+
+    Args:
+        parent: id of the process that started this one.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_WATCH_SECONDS)
+        os._exit(1)  # at once: the engine's threads would not hear of an exception in this one
+
+    threading.Thread(target=watch, name="end_with", daemon=True).start()
 
 
 def main() -> None:
@@ -191,10 +223,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Let a target answer prompts; a step of jakiro-vllm train.")
     parser.add_argument("work", type=Path)
     parser.add_argument("settings", type=Path)
+    parser.add_argument("--parent", type=int, metavar="PID", help="end when this process, which started it, is gone")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    settings = TrainSettings.model_validate_json(args.settings.read_text(encoding="utf-8"))
-    train, held_out = plan(args.work, settings)
+    if args.parent is not None:
+        end_with(args.parent)
+    try:
+        answer_missing(args.work, TrainSettings.model_validate_json(args.settings.read_text(encoding="utf-8")))
+    except Exception as error:
+        words = f"{type(error).__name__}: {error}".split()  # vLLM's messages have several lines
+        write_atomically(args.settings.parent / _FAILURE, textwrap.shorten(" ".join(words), 400) + "\n")
+        raise
+
+
+def answer_missing(work: Path, settings: TrainSettings) -> None:
+    """Answers what is missing with one engine, which pins the threads of this process."""
+    train, held_out = plan(work, settings)
     parts = [*train, *held_out]
     wanted = missing(parts)
     longest = max(len(prompt) for part in parts for prompt in part.prompts)

@@ -110,5 +110,13 @@ def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     from jakiro_vllm.training.phases import train
 
-    train(settings_of(args))
+    settings = settings_of(args)
+    try:
+        settings.output.mkdir(parents=True, exist_ok=True)
+        train(settings)
+    except OSError as error:  # a disk that is full, a folder that cannot be written
+        raise JakiroConfigError(
+            f"{error.filename or settings.output}: {error.strerror or error}; what is finished is kept, mend it and "
+            "run the command again"
+        ) from error
     return 0

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
+import glob
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,6 @@ from jakiro_vllm.training.settings import DataSettings
 
 logger = logging.getLogger(__name__)
 
-#: Loader of ``datasets`` by suffix.
-_LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 #: Columns, the first that is there counts.
 DIALOGUES, QUESTIONS, TEXTS = ("messages", "conversations"), ("prompt", "instruction", "question"), ("text",)
 #: ShareGPT's names of who speaks.
@@ -58,9 +58,8 @@ def load_prompts(settings: DataSettings, tokenizer: Any) -> Prompts:
     prompts: dict[bytes, np.ndarray] = {}
     read = short = 0
     for source in settings.sources:
-        records = _records(source, settings)
-        for number, record in enumerate(records, start=1):
-            ids = _encode(record, f"{source}, record {number}", settings, tokenizer)
+        for where, record in _records(source, settings):
+            ids = _encode(record, where, settings, tokenizer)
             read += 1
             if len(ids) < settings.shortest_prompt:
                 short += 1
@@ -106,88 +105,158 @@ def _documents(shard: Shard) -> list[np.ndarray]:
     return [shard.document(i) for i in range(len(shard))]
 
 
-def _records(source: str, settings: DataSettings) -> Iterator[dict[str, Any]]:
-    """The records of a file or of a hub dataset, one by one.
+def _records(source: str, settings: DataSettings) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The records of a file or of a hub dataset, one by one, each with its place for messages.
 
     Raises:
         TrainingDataError: if it cannot be read.
     """
-    datasets = require("datasets")
     path = Path(source)
-    if path.is_file():
-        loader = _LOADERS.get(path.suffix.lower())
-        if loader is None:
-            raise TrainingDataError(
-                f"{source} has the suffix {path.suffix!r}; files of these suffixes can be read: {', '.join(_LOADERS)}"
-            )
-        found = _read(source, lambda: datasets.load_dataset(loader, data_files=source, split="train", streaming=True))
-        yield from _with_reason(source, found)
-        return
-    name, _, split = source.partition(":")
-    split = split or "train"
-    is_path = path.suffix.lower() in _LOADERS or path.is_absolute() or source.startswith(".")
-    if is_path and not Path(name).is_dir():
-        raise TrainingDataError(f"{source} is not a file; give an existing file or the name of a hub dataset")
-    found = _read(source, lambda: datasets.load_dataset(name, split=split, streaming=True))
-    if settings.prompts is not None:
-        found = found.shuffle(seed=settings.seed, buffer_size=10_000)
-        found = islice(found, _RECORDS_PER_PROMPT * settings.prompts)
-    yield from _with_reason(source, found)
-
-
-def _read(source: str, load: Callable[[], Any]) -> Any:
-    try:
-        return load()
-    except Exception as error:  # of many libraries
-        raise _unreadable(source, error) from error
-
-
-def _with_reason(source: str, records: Any) -> Iterator[dict[str, Any]]:
-    """Passes records on, and says where reading failed."""
-    count = 0
-    records = iter(records)
-    while True:
-        try:
-            record = next(records)
-        except StopIteration:
-            break
-        except Exception as error:  # of many libraries
-            raise _unreadable(source, error) from error
-        count += 1
-        yield record
-    if not count:
+    found = _file_records(path) if path.is_file() else _hub_records(source, settings)
+    first = next(found, None)
+    if first is None:
         raise TrainingDataError(f"{source} holds no records; give a file with at least one")
+    yield first
+    yield from found
 
 
-def _unreadable(source: str, error: Exception) -> TrainingDataError:
-    path = Path(source)
-    if path.is_file():
-        if not path.stat().st_size:
-            return TrainingDataError(f"{source} is empty; give a file with at least one record")
-        if path.suffix.lower() == ".jsonl" and (bad := _bad_line(path)) is not None:
-            return bad
-        reason = f"{error}".strip().partition("\n")[0] or type(error).__name__
-        return TrainingDataError(f"{source} cannot be read as {path.suffix} ({reason}); mend or leave out the file")
-    reason = f"{error}".strip().partition("\n")[0] or type(error).__name__
-    return TrainingDataError(
-        f"dataset {source!r} cannot be loaded ({reason}); give a file, or a hub name as owner/name or owner/name:SPLIT"
+def _file_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    read = _READERS.get(path.suffix.lower())
+    if read is None:
+        raise TrainingDataError(
+            f"{path} has the suffix {path.suffix!r}; files of these suffixes can be read: {', '.join(_READERS)}"
+        )
+    if not path.stat().st_size:
+        raise TrainingDataError(f"{path} is empty; give a file with at least one record")
+    return read(path)
+
+
+def _parquet_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    datasets = require("datasets")
+
+    def refuse(reason: str) -> TrainingDataError:
+        return TrainingDataError(f"{path} cannot be read as .parquet ({reason}); mend or leave out the file")
+
+    # A name is taken for a pattern: brackets and stars in it are meant literally.
+    file = glob.escape(str(path))
+    return _numbered(
+        str(path), lambda: datasets.load_dataset("parquet", data_files=file, split="train", streaming=True), refuse
     )
 
 
-def _bad_line(path: Path) -> TrainingDataError | None:
-    """The first line that is not a JSON object."""
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+def _hub_records(source: str, settings: DataSettings) -> Iterator[tuple[str, dict[str, Any]]]:
+    datasets = require("datasets")
+    name, _, split = source.partition(":")
+    path = Path(source)
+    is_path = path.suffix.lower() in _READERS or path.is_absolute() or source.startswith(".")
+    if is_path and not Path(name).is_dir():
+        raise TrainingDataError(f"{source} is not a file; give an existing file or the name of a hub dataset")
+
+    def load() -> Any:
+        found = datasets.load_dataset(name, split=split or "train", streaming=True)
+        if settings.prompts is None:
+            return found
+        found = found.shuffle(seed=settings.seed, buffer_size=10_000)
+        return islice(found, _RECORDS_PER_PROMPT * settings.prompts)
+
+    def refuse(reason: str) -> TrainingDataError:
+        return TrainingDataError(
+            f"dataset {source!r} cannot be loaded ({reason}); give a file, or a hub name as owner/name or "
+            "owner/name:SPLIT"
+        )
+
+    return _numbered(source, load, refuse)
+
+
+def _numbered(
+    source: str, load: Callable[[], Any], refuse: Callable[[str], TrainingDataError]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What ``load`` gives, numbered; what goes wrong meanwhile becomes a refusal."""
+    try:
+        records = iter(load())
+    except Exception as error:  # of many libraries
+        raise refuse(_reason(error)) from error
+    for number in count(1):
         try:
-            value = json.loads(line.decode("utf-8-sig")) if line.strip() else {}
-        except UnicodeDecodeError as error:
-            return TrainingDataError(f"{path}:{number}: not UTF-8 ({error.reason}); mend or remove that line")
-        except json.JSONDecodeError as error:
-            return TrainingDataError(f"{path}:{number}: not JSON ({error.msg}); mend or remove that line")
-        if not isinstance(value, dict):
-            return TrainingDataError(
-                f"{path}:{number}: a record must be a JSON object, got {type(value).__name__}; mend or remove that line"
-            )
-    return None
+            record = next(records)
+        except StopIteration:
+            return
+        except Exception as error:  # of many libraries
+            raise refuse(_reason(error)) from error
+        yield f"{source}, record {number}", record
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Lines with their places, without a byte-order mark and line ends.
+
+    Raises:
+        TrainingDataError: naming the first line that is not UTF-8.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise TrainingDataError(
+                    f"{path}:{number}: not UTF-8 ({error.reason}); mend or remove that line"
+                ) from error
+            yield f"{path}:{number}", text.rstrip("\r\n")
+
+
+def _text_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    return ((where, {"text": line}) for where, line in _lines(path))
+
+
+def _json_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Records of a JSON array, or one a line.
+
+    Not with ``datasets``: it infers types by blocks of 10 MB, so that one record of another type in a column puts
+    quotes around all texts of its block, and a key that first comes in a later block makes it fail.
+    """
+    with path.open("rb") as file:
+        is_array = file.read(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+    if is_array and path.suffix.lower() == ".json":
+        yield from _array_records(path)
+        return
+    for where, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise TrainingDataError(f"{where}: not JSON ({_reason(error)}); mend or remove that line") from error
+        yield where, _object(value, where, "mend or remove that line")
+
+
+def _array_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise TrainingDataError(
+            f"{path} cannot be read as .json ({_reason(error)}); mend or leave out the file"
+        ) from error
+    for number, value in enumerate(values, start=1):
+        where = f"{path}, record {number}"
+        yield where, _object(value, where, "mend or remove that record")
+
+
+def _object(value: Any, where: str, remedy: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TrainingDataError(f"{where}: a record must be a JSON object, got {type(value).__name__}; {remedy}")
+    return value
+
+
+def _reason(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+#: Readers of files by suffix.
+_READERS: dict[str, Callable[[Path], Iterator[tuple[str, dict[str, Any]]]]] = {
+    ".jsonl": _json_records,
+    ".json": _json_records,
+    ".parquet": _parquet_records,
+    ".txt": _text_records,
+}
 
 
 def _encode(record: dict[str, Any], where: str, settings: DataSettings, tokenizer: Any) -> np.ndarray:
@@ -217,7 +286,16 @@ def _encode(record: dict[str, Any], where: str, settings: DataSettings, tokenize
 def _text(value: Any, where: str, column: str) -> str:
     if not isinstance(value, str):
         raise TrainingDataError(f"{where}: {column!r} must be a string, got {type(value).__name__}; mend the record")
-    return value
+    return _valid(value, where, column)
+
+
+def _valid(text: str, where: str, name: str) -> str:
+    """Refuses half a surrogate pair, which JSON can hold and no tokenizer can read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TrainingDataError(f"{where}: {name!r} is not Unicode ({error.reason}); mend the record") from error
+    return text
 
 
 def _messages(value: Any, where: str, column: str) -> list[Message]:
@@ -233,7 +311,7 @@ def _messages(value: Any, where: str, column: str) -> list[Message]:
                 f"{where}: a message needs a string 'role' and a string 'content' (or 'from' and 'value'), got "
                 f"{_short(message)}; mend the record"
             )
-        found.append({"role": _ROLES.get(role, role), "content": content})
+        found.append({"role": _ROLES.get(role, role), "content": _valid(content, where, "content")})
     return found
 
 

@@ -6,7 +6,6 @@ Shapes: N documents, T tokens of all of them.
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,14 +94,18 @@ def load_shard(path: Path) -> Shard:
             if missing:
                 raise TrainingDataError(f"{path} lacks {', '.join(missing)}; delete it and run again")
             shard = Shard(*(file[key] for key in _KEYS))
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        if isinstance(error, TrainingDataError):
-            raise
+    except TrainingDataError:
+        raise
+    except Exception as error:  # whatever NumPy and zipfile meet in damaged bytes
         raise TrainingDataError(f"{path} cannot be read ({error}); delete it and run again") from error
+    kinds = [(array.ndim, array.dtype.kind) for array in (shard.tokens, shard.offsets, shard.prompt_lengths)]
+    if kinds != [(1, "u"), (1, "i"), (1, "i")]:
+        raise TrainingDataError(f"{path} does not hold rows of integers; delete it and run again")
     fits = (
         len(shard.offsets) == len(shard) + 1
         and shard.offsets[0] == 0
         and shard.offsets[-1] == len(shard.tokens)
+        and (shard.prompt_lengths >= 0).all()
         and (np.diff(shard.offsets) >= shard.prompt_lengths).all()
     )
     if not fits:

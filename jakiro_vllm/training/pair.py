@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from jakiro_vllm.training.answers import answer_in_subprocess
 from jakiro_vllm.training.corpus import (
@@ -27,9 +27,9 @@ from jakiro_vllm.training.corpus import (
     train_tokenizer,
     training_texts,
 )
-from jakiro_vllm.training.data import Prompts, are_saved
+from jakiro_vllm.training.data import Prompts, are_saved, save_prompts
 from jakiro_vllm.training.export import is_exported
-from jakiro_vllm.training.phases import fit, keep_prompts
+from jakiro_vllm.training.phases import fit
 from jakiro_vllm.training.resume import begin
 from jakiro_vllm.training.settings import TrainSettings
 from jakiro_vllm.training.target import TargetRecipe, train_target
@@ -128,8 +128,7 @@ def make_answers(work: Path, recipe: PairRecipe) -> None:
         prompts = Prompts(
             cut_prompts(train, recipe.prompts, *lengths), cut_prompts(held_out, recipe.held_out_prompts, *lengths)
         )
-        positions = AutoConfig.from_pretrained(work / "target").max_position_embeddings
-        keep_prompts(settings, prompts, material / "prompts", positions)
+        save_prompts(prompts, material / "prompts")
     answer_in_subprocess(material, settings)
 
 

@@ -17,7 +17,7 @@ from jakiro_vllm.training.export import export, is_exported
 from jakiro_vllm.training.extra import require
 from jakiro_vllm.training.features import choose_features
 from jakiro_vllm.training.frozen import Target, head_spec
-from jakiro_vllm.training.resume import begin
+from jakiro_vllm.training.resume import begin, check
 from jakiro_vllm.training.settings import TrainSettings
 from jakiro_vllm.training.trainer import train_head
 from jakiro_vllm.training.workers import Workers, join_workers
@@ -74,15 +74,16 @@ def prepare(settings: TrainSettings, material: Path, answer: Answer = answer_in_
         "data": settings.data.model_dump(mode="json"),
         "generation": settings.generation.model_dump(mode="json"),
     }
-    begin(material, asked)
-    prepare_prompts(settings, material / "prompts")
+    check(material, asked)
+    if not are_saved(material / "prompts"):
+        prompts = read_prompts(settings)
+        begin(material, asked)  # not before: who mends a setting that was refused has begun nothing yet
+        save_prompts(prompts, material / "prompts")
     answer(material, settings)
 
 
-def prepare_prompts(settings: TrainSettings, folder: Path) -> None:
-    """Writes the prompts, unless they are there."""
-    if are_saved(folder):
-        return
+def read_prompts(settings: TrainSettings) -> Prompts:
+    """The user's prompts, encoded for the target, if they leave room for an answer."""
     try:
         config = AutoConfig.from_pretrained(settings.target)
         tokenizer = AutoTokenizer.from_pretrained(settings.target)
@@ -92,23 +93,11 @@ def prepare_prompts(settings: TrainSettings, folder: Path) -> None:
             f"target {settings.target!r} cannot be read ({reason}); give a folder or a hub name"
         ) from error
     head_spec(config, settings.head)  # refuses what can have no head
-    keep_prompts(
-        settings, load_prompts(settings.data, tokenizer), folder, getattr(config, "max_position_embeddings", None)
-    )
-
-
-def keep_prompts(settings: TrainSettings, prompts: Prompts, folder: Path, positions: int | None) -> None:
-    """Writes prompts that leave room for an answer.
-
-    Args:
-        settings: of the run.
-        prompts: to be answered.
-        folder: for them.
-        positions: of the target; None if it does not say.
-    """
+    prompts = load_prompts(settings.data, tokenizer)
+    positions = getattr(config, "max_position_embeddings", None)
     check_length([*prompts.train, *prompts.held_out], settings.generation.new_tokens, positions, settings.target)
-    save_prompts(prompts, folder)
     logger.info("prompts: %d to train on, %d held out", len(prompts.train), len(prompts.held_out))
+    return prompts
 
 
 def fit(settings: TrainSettings, material: Path) -> None:

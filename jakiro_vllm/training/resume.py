@@ -12,21 +12,20 @@ from jakiro_vllm.errors import JakiroConfigError
 _RECORD = "settings.json"
 
 
-def begin(folder: Path, settings: dict[str, Any]) -> None:
-    """Notes the settings in a new folder, or compares them with those that it was begun with.
+def check(folder: Path, settings: dict[str, Any]) -> None:
+    """Compares settings with those that a folder was begun with, if it was.
 
     Args:
-        folder: made if it is not there.
+        folder: of results; need not be there.
         settings: what the results depend on; plain values, which may be nested.
 
     Raises:
         JakiroConfigError: naming the first difference, or that the note cannot be read.
     """
     record = folder / _RECORD
-    given = _flat(json.loads(json.dumps(settings)))
     if not record.is_file():
-        write_atomically(record, json.dumps(settings, indent=2) + "\n")
         return
+    given = _flat(json.loads(json.dumps(settings)))
     try:
         found = _flat(json.loads(record.read_text(encoding="utf-8")))
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
@@ -37,6 +36,13 @@ def begin(folder: Path, settings: dict[str, Any]) -> None:
                 f"{folder} was begun with {name} {found.get(name)!r}, now it is {given.get(name)!r}; choose another "
                 "output or delete that folder"
             )
+
+
+def begin(folder: Path, settings: dict[str, Any]) -> None:
+    """Notes the settings in a new folder, or compares them; see ``check``."""
+    check(folder, settings)
+    if not (folder / _RECORD).is_file():
+        write_atomically(folder / _RECORD, json.dumps(settings, indent=2) + "\n")
 
 
 def write_atomically(path: Path, text: str) -> None:
