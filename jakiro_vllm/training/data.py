@@ -224,7 +224,8 @@ def _json_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             value = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise TrainingDataError(f"{where}: not JSON ({_reason(error)}); mend or remove that line") from error
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else _reason(error)
+            raise TrainingDataError(f"{where}: not JSON ({reason}); mend or remove that line") from error
         yield where, _object(value, where, "mend or remove that line")
 
 

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.models.auto import AutoModelForCausalLM
 
-from jakiro_vllm.training import trainer
+from jakiro_vllm.training import run_files
 from jakiro_vllm.training.documents import Shard, pack_documents
 from jakiro_vllm.training.features import StreamedFeatures, cache_features
 from jakiro_vllm.training.frozen import Target, head_spec
@@ -148,14 +148,14 @@ def tiny_parts() -> list[Shard]:
 def run_and_die(folder: str, settings: TrainSettings, step: int) -> None:
     """Trains and is killed, as a power cut would, when a step is noted."""
     torch.set_num_threads(1)
-    note = trainer._Record.step
+    note = run_files.Record.step
 
-    def die(self: trainer._Record, at: int, values: dict[str, float], rate: float) -> None:
+    def die(self: run_files.Record, at: int, values: dict[str, float], rate: float) -> None:
         note(self, at, values, rate)
         if at == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    trainer._Record.step = die  # type: ignore[method-assign]
+    run_files.Record.step = die  # type: ignore[method-assign]
     tiny_run(Path(folder), settings)
 
 

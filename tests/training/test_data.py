@@ -103,6 +103,40 @@ def test_text_files_and_folders_of_the_hub(tmp_path: Path, tokenizer: Any) -> No
     assert len(texts(str(hub), tokenizer, prompts=5)) == 5
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_a_record_far_down_changes_no_other(tmp_path: Path, tokenizer: Any, suffix: str) -> None:
+    """Libraries that infer types by blocks rewrite, or refuse, what comes before or after such a record."""
+    many = [{"text": f"t{i}", "more": " " * 12000} for i in range(1000)]  # 12 MB; a block has 10
+    path = tmp_path / f"d.{suffix}"
+
+    def found(last: dict[str, Any]) -> set[str]:
+        records = [*many, last]
+        path.write_text(json.dumps(records) if suffix == "json" else "\n".join(map(json.dumps, records)))
+        return texts(str(path), tokenizer, longest_prompt=8)
+
+    with pytest.raises(TrainingDataError, match=r"(:|record )1001: 'text' must be a string, got int"):
+        found({"text": 7})
+    for last in ({"prompt": "late"}, {"text": "late", "meta": {"x": [1]}}):
+        begun = found(last)
+        assert not any(text.startswith('"') for text in begun)
+        assert any(text.startswith("t") for text in begun)
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.json", "d.txt"])
+def test_marks_and_line_ends_of_other_systems(tmp_path: Path, tokenizer: Any, name: str) -> None:
+    lines = ["aa", "bb"] if name == "d.txt" else [json.dumps({"text": text}) for text in ("aa", "bb")]
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*lines, ""]).encode())
+    assert texts(str(tmp_path / name), tokenizer) == {"aa", "bb"}
+
+
+def test_names_of_files_are_no_patterns(tmp_path: Path, tokenizer: Any) -> None:
+    import datasets
+
+    path = tmp_path / "part [1]*.parquet"
+    datasets.Dataset.from_list([{"text": "a"}, {"text": "b"}]).to_parquet(path)
+    assert texts(str(path), tokenizer) == {"a", "b"}
+
+
 def test_a_tokenizer_without_a_template_continues_text(tmp_path: Path) -> None:
     plain = AutoTokenizer.from_pretrained(EMBEDDED_TARGET)
     plain.chat_template = None
@@ -142,21 +176,26 @@ WRONG: dict[str, tuple[str, bytes | None, str]] = {
     "line": ("a.jsonl", b'{"text": "a"}\n{"text": \n', r"a.jsonl:2: not JSON"),
     "no object": ("a.jsonl", b'{"text": "a"}\n\n[1]\n', r"a.jsonl:3: a record must be a JSON object, got list"),
     "encoding": ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"a.jsonl:2: not UTF-8"),
-    "json": ("a.json", b"{", r"a.json cannot be read as .json"),
+    "json": ("a.json", b"{", r"a.json:1: not JSON"),
+    "array": ("a.json", b'[{"text": "a"}', r"a.json cannot be read as .json"),
+    "no object in an array": ("a.json", b'[{"text": "a"}, 1]', r"a.json, record 2: a record must be a JSON object"),
+    "text encoding": ("a.txt", b"a\n\xff\n", r"a.txt:2: not UTF-8"),
+    "half a character": ("a.jsonl", b'{"text": "\\ud800"}\n', r"a.jsonl:1: 'text' is not Unicode"),
+    "line of a type": ("a.jsonl", b'{"text": "a"}\n\n{"text": 3}\n', r"a.jsonl:3: 'text' must be a string, got int"),
     "parquet": ("a.parquet", b"PAR1nothing", r"a.parquet cannot be read as .parquet"),
-    "columns": ("a.jsonl", b'{"q": "a"}\n{"q": "b"}\n', r"record 1: columns 'q'; one of these is needed: messages"),
-    "type": ("a.jsonl", b'{"text": 3}\n{"text": 4}\n', r"record 1: 'text' must be a string, got int"),
-    "messages": ("a.jsonl", b'{"messages": "hi"}\n', r"record 1: 'messages' must be a list of messages, got 'hi'"),
-    "content": ("a.jsonl", b'{"messages": [{"role": "user", "content": 3}]}\n', r"record 1: a message needs a string"),
+    "columns": ("a.jsonl", b'{"q": "a"}\n{"q": "b"}\n', r"a.jsonl:1: columns 'q'; one of these is needed: messages"),
+    "type": ("a.jsonl", b'{"text": 3}\n{"text": 4}\n', r"a.jsonl:1: 'text' must be a string, got int"),
+    "messages": ("a.jsonl", b'{"messages": "hi"}\n', r"a.jsonl:1: 'messages' must be a list of messages, got 'hi'"),
+    "content": ("a.jsonl", b'{"messages": [{"role": "user", "content": 3}]}\n', r"a.jsonl:1: a message needs a string"),
     "no question": (
         "a.jsonl",
         b'{"messages": [{"role": "system", "content": "s"}]}\n',
-        r"record 1: no message of a user",
+        r"a.jsonl:1: no message of a user",
     ),
     "template": (
         "a.jsonl",
         b'{"messages": [{"role": "tool", "content": "s"}, {"role": "user", "content": "s"}]}\n',
-        r"record 1: the target's chat template refuses it \(no role tool\)",
+        r"a.jsonl:1: the target's chat template refuses it \(no role tool\)",
     ),
     "too few": ("a.jsonl", b'{"text": "a"}\n{"text": "a"}\n', r"1 usable prompt\(s\) .* two are needed"),
 }
@@ -173,7 +212,9 @@ def test_wrong_data_is_refused_in_one_sentence(tmp_path: Path, tokenizer: Any, n
 
 
 def test_an_unknown_dataset_is_refused(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # The variable HF_HUB_OFFLINE is read when these are imported.
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(TrainingDataError, match=r"dataset 'no/such-data' cannot be loaded \(.*owner/name:SPLIT"):
         load_prompts(DataSettings(sources=["no/such-data"]), tokenizer)
 

@@ -49,9 +49,32 @@ def test_damage_is_told(tmp_path: Path) -> None:
     np.savez(file, tokens=np.zeros(3))
     with pytest.raises(TrainingDataError, match="lacks offsets, prompt_lengths"):
         load_shard(file)
+    np.savez(file, tokens=np.uint32(3), offsets=np.int64(0), prompt_lengths=np.int64(0))
+    with pytest.raises(TrainingDataError, match="does not hold rows of integers"):
+        load_shard(file)
+    save_shard(Shard(np.zeros(4, np.uint32), np.asarray([0, 6, 4]), np.asarray([1, -2])), file)
+    with pytest.raises(TrainingDataError, match="do not fit its offsets"):
+        load_shard(file)
     save_shard(Shard(np.zeros(3, np.uint32), np.asarray([0, 2, 4]), np.asarray([1, 1])), file)
     with pytest.raises(TrainingDataError, match="3 tokens and 2 documents do not fit its offsets"):
         load_shard(file)
+
+
+def test_no_flipped_byte_gets_through_as_something_else(tmp_path: Path) -> None:
+    file = tmp_path / "a.npz"
+    prompts, answers = arrays(30), [[1] * 30]
+    save_shard(pack_documents(prompts, answers), file)
+    whole = file.read_bytes()
+    refused = 0
+    for place in range(len(whole)):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        try:
+            found = load_shard(file)
+        except TrainingDataError:
+            refused += 1
+        else:
+            assert found.document(0).tolist() == [*prompts[0].tolist(), *answers[0]]
+    assert refused > len(whole) / 2
 
 
 def test_a_folder_remembers_what_it_was_begun_with(tmp_path: Path) -> None:

@@ -28,11 +28,13 @@ from torch._dynamo.exc import TorchDynamoException
 
 from jakiro_vllm.draft.head import DraftHead
 from jakiro_vllm.errors import JakiroConfigError
+from jakiro_vllm.training import run_files
 from jakiro_vllm.training import trainer as trainer_module
 from jakiro_vllm.training.features import StreamedFeatures, Target, cache_features
 from jakiro_vllm.training.frozen import head_spec
+from jakiro_vllm.training.run_files import CHECKPOINT, METRICS
 from jakiro_vllm.training.settings import TrainSettings
-from jakiro_vllm.training.trainer import CHECKPOINT, METRICS, TrainingStopped, train_head
+from jakiro_vllm.training.trainer import TrainingStopped, train_head
 from jakiro_vllm.training.workers import Workers, join_workers
 
 #: The same float32 sums in another order, in gradients that AdamW divides by their own size.
@@ -247,7 +249,7 @@ def test_cached_features_do_what_streamed_ones_do(target: Target, tmp_path: Path
 
 def test_interrupted_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings, saved = tiny_settings(), []
-    replacing = trainer_module.os.replace
+    replacing = run_files.os.replace
 
     def fail_at_second(source: Path, goal: Path) -> None:
         if goal.name == CHECKPOINT:
@@ -256,7 +258,7 @@ def test_interrupted_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch
                 raise KeyboardInterrupt
         replacing(source, goal)
 
-    monkeypatch.setattr(trainer_module.os, "replace", fail_at_second)
+    monkeypatch.setattr(run_files.os, "replace", fail_at_second)
     with pytest.raises(KeyboardInterrupt):
         tiny_run(tmp_path / "parts", settings)
     monkeypatch.undo()
@@ -338,7 +340,7 @@ def test_tensorboard_gets_the_curves(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert {"training/lr", "training/tokens_per_second", "held_out/top1/depth_3", "held_out/acceptance_length"} <= names
     found = importlib.util.find_spec
     monkeypatch.setattr(
-        trainer_module.importlib.util, "find_spec", lambda name: None if name == "tensorboard" else found(name)
+        run_files.importlib.util, "find_spec", lambda name: None if name == "tensorboard" else found(name)
     )
     tiny_run(tmp_path / "without", tiny_settings(epochs=1))
     assert losses(tmp_path / "without") == losses(tmp_path / "with")
