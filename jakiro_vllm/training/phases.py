@@ -72,7 +72,8 @@ def prepare(settings: TrainSettings, material: Path, answer: Answer = answer_in_
     asked = {
         "target": settings.target,
         "data": settings.data.model_dump(mode="json"),
-        "generation": settings.generation.model_dump(mode="json"),
+        # The engine's arguments may change, for instance after it ran out of memory.
+        "generation": settings.generation.model_dump(mode="json", exclude={"engine"}),
     }
     check(material, asked)
     if not are_saved(material / "prompts"):

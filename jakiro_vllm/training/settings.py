@@ -6,7 +6,7 @@ Wrong names, types and ranges are refused before anything is computed.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -55,7 +55,7 @@ class GenerationSettings(Section):
     """
 
     new_tokens: int = Field(default=512, ge=2)
-    temperatures: list[float] = Field(default=[0.0, 0.8], min_length=1)
+    temperatures: list[Annotated[float, Field(ge=0)]] = Field(default=[0.0, 0.8], min_length=1)
     top_p: float = Field(default=1.0, gt=0, le=1)
     part: int = Field(default=256, ge=1)
     engine: dict[str, Any] = {}

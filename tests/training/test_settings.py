@@ -64,6 +64,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "unknown group": ({"optimiser": {}}, r"unknown setting 'optimiser'"),
     "type": ({"optimizer": {"lr": "fast"}}, r"'optimizer.lr': .*number.* got 'fast'"),
     "range": ({"optimizer": {"lr": 0}}, r"'optimizer.lr': .*greater than 0, got 0"),
+    "temperature": (
+        {"generation": {"temperatures": [0, -1]}},
+        r"temperatures.1': .*greater than or equal to 0, got -1",
+    ),
     "choice": ({"head": {"variant": "eagle"}}, r"'head.variant': .*'jakiro'.*got 'eagle'"),
     "shares": ({"optimizer": {"rollout": [{"share": 0.5, "steps": 1}]}}, r"optimizer: .*add up to 1, got 0.5$"),
     "workers": ({"scale": {"workers": 2}}, r"scale: 2 workers need Ray"),
