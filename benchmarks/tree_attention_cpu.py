@@ -1,25 +1,29 @@
 """Tree attention against vLLM's own CPU operator at the same number of query rows.
 
-    .venv/bin/python benchmarks/tree_attention_cpu.py
+    .venv/bin/python benchmarks/tree_attention_cpu.py --threads 1
 
-Both sides alternate in one run; the rows give p20, p50 and p80 in microseconds and the ratio of the medians.
-vLLM's operator is causal, so it does another computation of nearly the same size.
+The compiled kernel, the one in PyTorch and vLLM's operator alternate in one run; the rows give p20, p50 and p80 in
+microseconds and the ratios of the medians to vLLM's. Its operator is causal, so it does another computation of nearly
+the same size. With one thread the clock is the thread's own processor time, which other programs do not lengthen
+except through shared caches and memory; with more it is the wall's.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from vllm import _custom_ops as ops
 
-from jakiro_vllm.kernels.tree_attention import PagedCache, TreeJobs, tree_attention
+from jakiro_vllm.kernels.tree_attention import PagedCache, TreeJobs, native, tree_attention
 from jakiro_vllm.kernels.tree_attention.reference import tree_attention_reference
 
 HEADS, KV_HEADS, DIM, BLOCK = 32, 8, 128, 128
@@ -111,31 +115,46 @@ def percentiles(samples: list[float]) -> dict[str, float]:
 
 
 def main() -> int:
-    """Measures every size and writes the rows."""
+    """Measures every size and writes the rows.
+
+    Returns:
+        0, or 1 where the compiled kernel cannot be had.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rows", type=int, default=17, help="rows of each tree")
     parser.add_argument("--output", type=Path, default=Path("tree_attention.csv"))
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    clock = time.thread_time if args.threads == 1 else time.perf_counter
+    library = native.library()
+    if library is None:
+        return 1
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
-        for jobs, tree_rows, context in ((1, 25, 128), (1, 25, 1024), (1, 25, 4096), (8, 25, 128), (8, 25, 1024)):
-            computations = dict(zip(("tree", "stock"), sides(jobs, tree_rows, context, dtype), strict=True))
-            samples: dict[str, list[float]] = {"tree": [], "stock": []}
-            for _ in range(args.repeats + 3):
-                for name, run in computations.items():
-                    started = time.perf_counter()
-                    run()
-                    samples[name].append(time.perf_counter() - started)
-            figures = {name: percentiles(times[3:]) for name, times in samples.items()}
+        for jobs, context in itertools.product((1, 8, 32), (128, 512, 1024, 4096)):
+            tree, stock = sides(jobs, args.rows, context, dtype)
+            samples: dict[str, list[float]] = {"tree": [], "pytorch": [], "stock": []}
+            for _ in range(args.repeats + 2):
+                for name, times in samples.items():
+                    with patch.object(native, "library", return_value=library if name == "tree" else None):
+                        started = clock()
+                        (stock if name == "stock" else tree)()
+                        times.append(clock() - started)
+            figures = {name: percentiles(times[2:]) for name, times in samples.items()}
             row = {
                 "dtype": str(dtype).removeprefix("torch."),
                 "batch": jobs,
-                "rows": tree_rows,
+                "rows": args.rows,
                 "context": context,
-                "threads": torch.get_num_threads(),
+                "threads": args.threads,
                 "torch": torch.__version__,
                 **{f"{name}_{p}": round(v, 1) for name, f in figures.items() for p, v in f.items()},
-                "ratio": round(figures["tree"]["p50"] / figures["stock"]["p50"], 2),
+                **{
+                    f"{name}_ratio": round(figures[name]["p50"] / figures["stock"]["p50"], 2)
+                    for name in ("tree", "pytorch")
+                },
             }
             rows.append(row)
             print(row, flush=True)

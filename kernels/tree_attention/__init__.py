@@ -5,17 +5,21 @@ set in its ancestor word:
 
     out_i = softmax(scale * q_i [K_context ; K_{ancestors(i)}]^T) [V_context ; V_{ancestors(i)}]
 
-``reference.py`` is the oracle.
+``reference.py`` is the oracle. ``native.cpp`` does the work, compiled on first use (``prepare`` does it at a time of
+one's choosing); ``cpu_kernel.py`` does it in PyTorch where there is no compiler, or for tensors that lie otherwise.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
-from .cpu_kernel import Plan, attend
+from . import cpu_kernel, native
+
+S = TypeVar("S")
 
 
 @dataclass(frozen=True)
@@ -25,8 +29,8 @@ class PagedCache:
     Attributes:
         pages: ``[P, G, B, 2 * D]``, in each page and head the keys' half before the values'.
         layout: ``vec`` (keys ``[D, B]``, values ``[B, D]``) or ``amx`` (both packed in 16x2 tiles).
-        kept: where calls share what they unpacked, if they have the same block tables and contexts and the
-            pages do not change between them; None keeps nothing.
+        kept: where calls in PyTorch share what they unpacked, if they have the same block tables and contexts
+            and the pages do not change between them; None keeps nothing.
     """
 
     pages: Tensor
@@ -58,20 +62,28 @@ class TreeJobs:
     row_counts: Tensor
     node_starts: Tensor
     node_counts: Tensor
-    _plans: dict[tuple[int, int], tuple[Tensor, Tensor, Plan]] = field(default_factory=dict, init=False, repr=False)
+    _shared: dict[Any, tuple[Tensor, Tensor, Any]] = field(default_factory=dict, init=False, repr=False)
 
-    def plan(self, ancestors: Tensor, depths: Tensor) -> Plan:
-        """The layout of a step, the same for all its layers and so computed once."""
-        key = (id(ancestors), id(depths))
-        if key not in self._plans:
-            rows = _padded(self.row_starts, self.row_counts)
-            nodes, _ = _padded(self.node_starts, self.node_counts)
-            plan = Plan(self.block_tables, self.context_lens, rows, nodes, ancestors, depths)
-            self._plans[key] = ancestors, depths, plan  # holding both keeps their identities theirs
-        return self._plans[key][2]
+    def shared(self, make: Callable[[TreeJobs, Tensor, Tensor], S], ancestors: Tensor, depths: Tensor) -> S:
+        """What all layers of a step have in common, ``make(self, ancestors, depths)``, made once."""
+        key = (make, id(ancestors), id(depths))
+        if key not in self._shared:
+            # Holding both keeps their identities theirs.
+            self._shared[key] = ancestors, depths, make(self, ancestors, depths)
+        made: S = self._shared[key][2]
+        return made
 
 
 LAYOUTS = ("vec", "amx")
+
+
+def prepare() -> bool:
+    """Builds and loads the compiled kernel now, so that no request waits for it; some seconds, once per machine.
+
+    Returns:
+        Whether there is one; a warning says why not.
+    """
+    return native.library() is not None
 
 
 def tree_attention(
@@ -108,7 +120,7 @@ def tree_attention(
         ``out``.
 
     Raises:
-        ValueError: on a layout, dtype or device that has no kernel.
+        ValueError: on a layout, dtype or device that has no kernel, or on a tree of more than 64 nodes.
     """
     if query.device.type != "cpu":
         raise ValueError(f"tree_attention has no kernel for device {query.device}; use the CPU")
@@ -119,12 +131,30 @@ def tree_attention(
     if not jobs.row_counts.numel():
         return out
     pages = cache.pages
-    attend(
+    library = native.library()
+    if library is not None and native.fits(query, pages, tree_keys, tree_values, out):
+        native.attend(
+            library,
+            query,
+            pages,
+            cache.layout,
+            jobs,
+            tree_keys,
+            tree_values,
+            ancestors,
+            depths,
+            scale,
+            softcap,
+            window,
+            out,
+        )
+        return out
+    cpu_kernel.attend(
         query,
         pages.view(pages.shape[0], pages.shape[1], 2, -1),
         cache.layout,
         cache.kept,
-        jobs.plan(ancestors, depths),
+        jobs.shared(cpu_kernel.step_plan, ancestors, depths),
         tree_keys,
         tree_values,
         scale,
@@ -133,10 +163,3 @@ def tree_attention(
         out,
     )
     return out
-
-
-def _padded(starts: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Ranges as a matrix: ``([J, W] int64, [J, W] bool)``; padding repeats a range's last index."""
-    order = torch.arange(int(counts.max()))
-    last = (counts - 1).clamp(min=0).unsqueeze(1)
-    return starts.unsqueeze(1) + torch.minimum(order, last), order < counts.unsqueeze(1)

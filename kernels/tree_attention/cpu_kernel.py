@@ -1,4 +1,4 @@
-"""Tree attention on the CPU in batched PyTorch, reading vLLM's pages chunk by chunk.
+"""Tree attention in batched PyTorch, for machines without a C++ compiler; reads vLLM's pages chunk by chunk.
 
 J sequences, R rows (padded), H query heads, G KV heads, D head size, C pages per chunk, B slots per page,
 N nodes (padded), and M = R * H / G query rows per KV head.
@@ -10,9 +10,13 @@ with the context. There is no loop over sequences, rows or nodes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from . import TreeJobs
 
 #: Slots, over all sequences, that are unpacked at a time.
 CHUNK_SLOTS = 8192
@@ -134,6 +138,13 @@ class Plan:
         return self._masks[key]
 
 
+def step_plan(jobs: TreeJobs, ancestors: Tensor, depths: Tensor) -> Plan:
+    """The layout of a step."""
+    rows = _padded(jobs.row_starts, jobs.row_counts)
+    nodes, _ = _padded(jobs.node_starts, jobs.node_counts)
+    return Plan(jobs.block_tables, jobs.context_lens, rows, nodes, ancestors, depths)
+
+
 def attend(
     query: Tensor,
     pages: Tensor,
@@ -215,3 +226,10 @@ def _as_slice(index: Tensor) -> slice | Tensor:
     first, count = int(index[0, 0]) if index.numel() else 0, index.numel()
     consecutive = torch.arange(first, first + count).view_as(index)
     return slice(first, first + count) if torch.equal(index, consecutive) else index
+
+
+def _padded(starts: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Ranges as a matrix: ``([J, W] int64, [J, W] bool)``; padding repeats a range's last index."""
+    order = torch.arange(int(counts.max()))
+    last = (counts - 1).clamp(min=0).unsqueeze(1)
+    return starts.unsqueeze(1) + torch.minimum(order, last), order < counts.unsqueeze(1)

@@ -16,6 +16,7 @@
 #include <cstring>
 #include <limits>
 #include <new>
+#include <type_traits>
 #include <vector>
 
 #include <omp.h>
@@ -72,44 +73,97 @@ inline Floats load(const BF16* from) {
   return (Floats)(__builtin_convertvector(load_as<Halves>(from), Words) << 16);
 }
 
+// Without the instruction: the exponent is moved by a product, which also takes care of numbers below the normal.
 inline Floats load(const FP16* from) {
 #if defined(__AVX512F__)
   return (Floats)_mm512_cvtph_ps(load_as<__m256i>(from));
 #elif defined(__AVX2__) && defined(__F16C__)
   return (Floats)_mm256_cvtph_ps(load_as<__m128i>(from));
 #else
-  _Float16 x[LANES];
-  std::memcpy(x, from, sizeof x);
-  Floats v;
-  for (int i = 0; i < LANES; ++i) v[i] = (float)x[i];
-  return v;
+  const Words half = __builtin_convertvector(load_as<Halves>(from), Words);
+  const Words magnitude = (half & 0x7fff) << 13, sign = (half & 0x8000) << 16;
+  const Words finite = (Words)((Floats)magnitude * 0x1p112f);
+  return (Floats)(((magnitude >= 0x0f800000) ? magnitude | 0x7f800000 : finite) | sign);
 #endif
+}
+
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+inline float with_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
 }
 
 inline void save(float* to, float x) { *to = x; }
 
+// To nearest, ties to even; a NaN keeps its sign and gets a bit that the cut leaves.
 inline void save(BF16* to, float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  // Round to nearest even; a NaN keeps its sign and gets a bit that the cut leaves.
-  to->bits = x != x ? (uint16_t)(bits >> 16 | 64) : (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  const uint32_t bits = bits_of(x);
+  to->bits = x != x ? bits >> 16 | 64 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
 inline void save(FP16* to, float x) {
-  const _Float16 half = (_Float16)x;
-  std::memcpy(to, &half, 2);
+#if defined(__F16C__)
+  to->bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const uint32_t sign = bits_of(x) >> 16 & 0x8000, bits = bits_of(x) & 0x7fffffff;
+  uint32_t half;
+  if (bits > 0x7f800000)
+    half = 0x7e00;
+  else if (bits >= 0x47800000)  // 2^16
+    half = 0x7c00;
+  else if (bits < 0x38800000)  // 2^-14: one unit in the last place of 0.5 is the smallest half
+    half = bits_of(with_bits(bits) + 0.5f) - bits_of(0.5f);
+  else
+    half = (bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13;
+  to->bits = half | sign;
+#endif
+}
+
+inline float scalar(const float* from) { return *from; }
+
+inline float scalar(const BF16* from) { return with_bits((uint32_t)from->bits << 16); }
+
+inline float scalar(const FP16* from) {
+#if defined(__F16C__)
+  return _cvtsh_ss(from->bits);
+#else
+  FP16 several[LANES] = {*from};
+  return load(several)[0];
+#endif
+}
+
+// Vectors of half and a quarter of the lanes, in which sums over lanes are taken.
+typedef float HalfFloats __attribute__((vector_size(LANES * 2)));
+typedef float QuarterFloats __attribute__((vector_size(LANES)));
+
+template <typename Narrow, typename Wide, typename Combine>
+inline Narrow fold(Wide v, const Combine& combine) {
+  Narrow low, high;
+  std::memcpy(&low, &v, sizeof low);
+  std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+  return combine(low, high);
+}
+
+template <typename Combine>
+inline float across(Floats v, const Combine& combine) {
+  const QuarterFloats few = fold<QuarterFloats>(fold<HalfFloats>(v, combine), combine);
+  float result = few[0];
+  for (int i = 1; i < LANES / 4; ++i) result = combine(result, (float)few[i]);
+  return result;
 }
 
 inline float highest(Floats v) {
-  for (int half = LANES / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) v[i] = v[i + half] > v[i] ? v[i + half] : v[i];
-  return v[0];
+  return across(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 inline float sum(Floats v) {
-  for (int half = LANES / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) v[i] += v[i + half];
-  return v[0];
+  return across(v, [](auto a, auto b) { return a + b; });
 }
 
 // exp to about an ulp for x <= 0 or a little above; exactly 0 below the smallest normal number, NaN for NaN.
@@ -152,7 +206,7 @@ struct Rows {
       for (int v = 0; v < V; ++v) k[v] = load(key + v * LANES);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
+#pragma GCC unroll 8
         for (int v = 0; v < V; ++v) sums[r][v] += query[r] * k[v];
     }
   }
@@ -167,7 +221,7 @@ struct Rows {
       for (int v = 0; v < V; ++v) x[v] = load(value + v * LANES);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
+#pragma GCC unroll 8
         for (int v = 0; v < V; ++v) sums[r][v] += weights[r * STEP + s] * x[v];
     }
   }
@@ -193,11 +247,11 @@ struct Pairs {
       for (int v = 0; v < V; ++v) k[v] = load_as<Words>(key[v] + d * 16);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
+#pragma GCC unroll 8
         for (int v = 0; v < V; ++v) sums[r][v] += query[r] * first(k[v]);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
+#pragma GCC unroll 8
         for (int v = 0; v < V; ++v) sums[r][v] += query[TILE + r] * second(k[v]);
     }
   }
@@ -215,12 +269,12 @@ struct Pairs {
       for (int v = 0; v < V; ++v) x[v] = load_as<Words>(value[v] + s * 16);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
+#pragma GCC unroll 8
         for (int v = 0; v < V; ++v) sums[r][v] += weights[r * STEP + s] * first(x[v]);
       if (s + 1 == count) break;  // the pair's second slot may hold anything
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
+#pragma GCC unroll 8
         for (int v = 0; v < V; ++v) sums[r][v] += weights[r * STEP + s + 1] * second(x[v]);
     }
   }
@@ -243,8 +297,11 @@ struct Step {
   int64_t slots = 0;
 };
 
+// The functions that hold registers are kept apart: inlined into each caller they would take long to compile.
+#define APART __attribute__((noinline))
+
 template <typename Layout, int R, int V>
-void score(const float* query, const Piece<typename Layout::Scalar>& piece, int64_t s, int64_t block, int64_t dim,
+APART void score(const float* query, const Piece<typename Layout::Scalar>& piece, int64_t s, int64_t block, int64_t dim,
            float* scores) {
   Floats sums[R][V] = {};
   Layout::template dot<R, V>(sums, query, piece.keys, piece.slot + s, block, dim);
@@ -253,7 +310,7 @@ void score(const float* query, const Piece<typename Layout::Scalar>& piece, int6
 }
 
 template <typename Layout, int R, int V>
-void gather(const float* weights, const float* factors, const Step<typename Layout::Scalar>& step, int64_t d,
+APART void gather(const float* weights, const float* factors, const Step<typename Layout::Scalar>& step, int64_t d,
             int64_t block, int64_t dim, float* found) {
   Floats sums[R][V];
   for (int r = 0; r < R; ++r)
@@ -274,12 +331,38 @@ struct Tile {
   float* totals;  // [R]
 };
 
-// Scores [R, STEP] become weights; factors [R] take what was found so far to the new maximum. `seen(r, s)` tells
-// which of the LANES slots from s row r sees, all bits set or none.
-template <int R, typename Seen>
-void soften(float* scores, const Tile& tile, int64_t slots, float softcap, float* factors, const Seen& seen) {
+Ints lanes() {
+  Ints order;
+  for (int i = 0; i < LANES; ++i) order[i] = i;
+  return order;
+}
+
+// Which of the LANES columns from s row r of a tile sees, all bits set or none: tree nodes by ancestor words, ...
+struct SeenNodes {
+  const uint64_t* words;
+  const Ints bits = 1 << lanes();
+
+  Ints operator()(int64_t r, int64_t s) const { return ((Ints{} + (int32_t)(words[r] >> s)) & bits) != 0; }
+};
+
+// ... and slots from the first in a row's window up to the end of the context; `begin` is that of column 0.
+struct SeenSlots {
+  const int32_t* oldest;
+  int32_t begin, end;
+  const Ints order = lanes();
+
+  Ints operator()(int64_t r, int64_t s) const {
+    const Ints slot = order + (int32_t)(begin + s);
+    return (slot >= oldest[r]) & (slot < end);
+  }
+};
+
+// Scores [R, STEP] become weights; factors [R] take what was found so far to the new maximum.
+template <typename Seen>
+APART void soften(int64_t rows, float* scores, const Tile& tile, int64_t slots, float softcap, float* factors,
+                  const Seen& seen) {
   const int64_t end = (slots + LANES - 1) / LANES * LANES;
-  for (int r = 0; r < R; ++r) {
+  for (int64_t r = 0; r < rows; ++r) {
     float* row = scores + r * STEP;
     Floats top = broadcast(-INFINITE);
     for (int64_t s = 0; s < end; s += LANES) {
@@ -304,34 +387,51 @@ void soften(float* scores, const Tile& tile, int64_t slots, float softcap, float
   }
 }
 
+// Vectors at a time: as many as there are registers for, since few sums would wait for each other.
+constexpr int widest(int rows) {
+  int width = 2;
+  while (width < 8 && 2 * width * rows <= 2 * TILE) width *= 2;
+  return width;
+}
+
+// Calls work(V, first number) for all of `end` numbers, LANES * V at a time and fewer towards the end.
+template <int V, typename Work>
+inline void in_vectors(int64_t end, const Work& work, int64_t at = 0) {
+  for (; at + V * LANES <= end; at += V * LANES) work(std::integral_constant<int, V>{}, at);
+  if constexpr (V > 1) in_vectors<V / 2>(end, work, at);
+}
+
 template <typename Layout, int R, typename Seen>
-void advance(const Tile& tile, const Step<typename Layout::Scalar>& step, int64_t block, int64_t dim, float softcap,
-             const Seen& seen) {
+void advance(int64_t rows, const Tile& tile, const Step<typename Layout::Scalar>& step, int64_t block, int64_t dim,
+             float softcap, const Seen& seen) {
   alignas(64) float scores[R * STEP];
-  float factors[R];
+  float factors[R] = {};
   for (int i = 0; i < step.count; ++i) {
     const auto& piece = step.pieces[i];
     const int64_t end = (piece.count + LANES - 1) / LANES * LANES;  // within the page: UNIT divides both
-    int64_t s = 0;
-    for (; s + 2 * LANES <= end; s += 2 * LANES) score<Layout, R, 2>(tile.query, piece, s, block, dim, scores);
-    if (s < end) score<Layout, R, 1>(tile.query, piece, s, block, dim, scores);
+    in_vectors<widest(R)>(end, [&](auto width, int64_t s) {
+      score<Layout, R, width>(tile.query, piece, s, block, dim, scores);
+    });
   }
-  soften<R>(scores, tile, step.slots, softcap, factors, seen);
-  int64_t d = 0;
-  for (; d + 2 * LANES <= dim; d += 2 * LANES) gather<Layout, R, 2>(scores, factors, step, d, block, dim, tile.found);
-  if (d < dim) gather<Layout, R, 1>(scores, factors, step, d, block, dim, tile.found);
+  soften(rows, scores, tile, step.slots, softcap, factors, seen);
+  in_vectors<widest(R)>(dim, [&](auto width, int64_t d) {
+    gather<Layout, R, width>(scores, factors, step, d, block, dim, tile.found);
+  });
 }
 
-// The number of rows is known where the registers are chosen.
-template <typename Layout, int R = TILE, typename Seen>
+// The number of rows is fixed where the registers are chosen, to the next in this list; surplus rows are computed
+// from zeros and dropped. A function for every number would only take longer to compile.
+template <typename Layout, typename Seen>
 void advance(int64_t rows, const Tile& tile, const Step<typename Layout::Scalar>& step, int64_t block, int64_t dim,
              float softcap, const Seen& seen) {
-  if constexpr (R > 0) {
-    if (rows == R)
-      advance<Layout, R>(tile, step, block, dim, softcap, seen);
-    else
-      advance<Layout, R - 1>(rows, tile, step, block, dim, softcap, seen);
-  }
+  if (rows <= 1) return advance<Layout, 1>(rows, tile, step, block, dim, softcap, seen);
+  if (rows <= 2) return advance<Layout, 2>(rows, tile, step, block, dim, softcap, seen);
+  if (rows <= 4) return advance<Layout, 4>(rows, tile, step, block, dim, softcap, seen);
+  if constexpr (TILE > 6)
+    if (rows <= 6) return advance<Layout, 6>(rows, tile, step, block, dim, softcap, seen);
+  if constexpr (TILE > 8)
+    if (rows <= 8) return advance<Layout, 8>(rows, tile, step, block, dim, softcap, seen);
+  advance<Layout, TILE>(rows, tile, step, block, dim, softcap, seen);
 }
 
 // ---- work ----
@@ -400,8 +500,6 @@ std::vector<Item> divide(const Call& call, int64_t& families, int64_t& results) 
   return items;
 }
 
-int64_t padded_rows(int64_t rows) { return (rows + TILE - 1) / TILE * TILE; }
-
 // What a thread keeps while it works on an item; everything is [padded M, ...].
 struct Space {
   float *query, *found, *maxima, *totals, *keys, *values;
@@ -436,22 +534,6 @@ float* keep(int64_t floats) {
   return static_cast<float*>(kept.at);
 }
 
-template <typename T>
-float scalar(const T* at) {
-  if constexpr (std::is_same_v<T, float>) return *at;
-  if constexpr (std::is_same_v<T, BF16>) {
-    const uint32_t bits = (uint32_t)at->bits << 16;
-    float x;
-    std::memcpy(&x, &bits, 4);
-    return x;
-  }
-  if constexpr (std::is_same_v<T, FP16>) {
-    _Float16 x;
-    std::memcpy(&x, at, 2);
-    return (float)x;
-  }
-}
-
 template <typename Layout>
 struct Worker {
   using T = typename Layout::Scalar;
@@ -464,6 +546,8 @@ struct Worker {
 
   void take_queries(const Item& item, const Space& space) const {
     const T* query = static_cast<const T*>(call.query);
+    const int64_t full = item.count / TILE * TILE;
+    if (full < item.count) std::fill_n(space.query + full * call.dim, TILE * call.dim, 0.0f);
     for (int64_t m = 0; m < item.count; ++m) {
       const T* from = query + row_of(item, m) * call.query_row + head_of(item, m) * call.query_head;
       float* to = space.query + m / TILE * TILE * call.dim + m % TILE;
@@ -479,15 +563,21 @@ struct Worker {
     const int64_t nodes = call.node_counts[item.job], start = call.node_starts[item.job], dim = call.dim;
     if (!nodes) return;
     uint64_t words[MAX_ROWS], named = 0;
-    for (int64_t m = 0; m < item.count; ++m) named |= words[m] = (uint64_t)call.ancestors[row_of(item, m)];
+    const uint64_t exist = nodes < MAX_NODES ? (uint64_t(1) << nodes) - 1 : ~uint64_t(0);
+    for (int64_t m = 0; m < item.count; ++m) {
+      words[m] = (uint64_t)call.ancestors[row_of(item, m)] & exist;
+      named |= words[m];
+    }
     // Nodes that no row names may hold anything: their weight is 0, but 0 * NaN would not be.
     const int64_t width = (nodes + UNIT - 1) / UNIT * UNIT;
     const T *all_keys = static_cast<const T*>(call.keys), *all_values = static_cast<const T*>(call.values);
-    for (int64_t n = 0; n < width; ++n) {
-      const bool used = n < nodes && (named >> n & 1);
+    for (int64_t d = 0; d < dim; ++d) std::fill_n(space.keys + d * MAX_NODES, width, 0.0f);
+    for (int64_t n = 0; n < nodes; ++n) {
+      const bool used = named >> n & 1;
       const T* key = all_keys + (start + n) * call.key_row + item.head * call.key_head;
       const T* value = all_values + (start + n) * call.value_row + item.head * call.value_head;
-      for (int64_t d = 0; d < dim; ++d) space.keys[d * MAX_NODES + n] = used ? scalar(key + d) : 0.0f;
+      if (used)
+        for (int64_t d = 0; d < dim; ++d) space.keys[d * MAX_NODES + n] = scalar(key + d);
       for (int64_t d = 0; d < dim; d += LANES)
         store(space.values + n * dim + d, used ? load(value + d) : Floats{});
     }
@@ -495,17 +585,9 @@ struct Worker {
     step.pieces[0] = {space.keys, space.values, 0, nodes, 0};
     step.count = 1;
     step.slots = nodes;
-    Words bits;
-    for (int i = 0; i < LANES; ++i) bits[i] = 1u << i;
-    for (int64_t m = 0; m < item.count; m += TILE) {
-      const uint64_t* word = words + m;
-      const uint64_t exist = nodes < 64 ? (uint64_t(1) << nodes) - 1 : ~uint64_t(0);
-      const auto seen = [=](int r, int64_t s) {
-        return (Words{} + (uint32_t)((word[r] & exist) >> s) & bits) != 0;
-      };
+    for (int64_t m = 0; m < item.count; m += TILE)
       advance<Rows<float>>(std::min<int64_t>(TILE, item.count - m), tile_at(space, m), step, MAX_NODES, dim,
-                           call.softcap, seen);
-    }
+                           call.softcap, SeenNodes{words + m});
   }
 
   void see_context(const Item& item, const Space& space) const {
@@ -517,8 +599,6 @@ struct Worker {
       oldest[m] = call.window > 0
                       ? (int32_t)std::max<int64_t>(0, context + call.depths[row_of(item, m)] - call.window + 1)
                       : 0;
-    Ints order;
-    for (int i = 0; i < LANES; ++i) order[i] = i;
     for (int64_t begin = item.begin; begin < item.end;) {
       Step<T> step;
       int64_t slot = begin;
@@ -530,15 +610,9 @@ struct Worker {
         step.slots += count;
         slot += count;
       }
-      for (int64_t m = 0; m < item.count; m += TILE) {
-        const int32_t* first = oldest + m;
-        const auto seen = [=](int r, int64_t s) {
-          const Ints at = order + (int32_t)(begin + s);
-          return (at >= first[r]) & (at < (int32_t)slot);
-        };
+      for (int64_t m = 0; m < item.count; m += TILE)
         advance<Layout>(std::min<int64_t>(TILE, item.count - m), tile_at(space, m), step, block, dim, call.softcap,
-                        seen);
-      }
+                        SeenSlots{oldest + m, (int32_t)begin, (int32_t)slot});
       begin = slot;
     }
   }
@@ -549,7 +623,7 @@ struct Worker {
   }
 
   void run(const Item& item, const Space& space, float* results) const {
-    std::fill_n(space.found, item.count * call.dim, 0.0f);
+    std::fill_n(space.found, (item.count + TILE - 1) / TILE * TILE * call.dim, 0.0f);
     std::fill_n(space.maxima, item.count, -INFINITE);
     std::fill_n(space.totals, item.count, 0.0f);
     take_queries(item, space);
@@ -588,7 +662,7 @@ template <typename Layout>
 int attend(const Call& call) {
   int64_t families, results;
   const std::vector<Item> items = divide(call, families, results);
-  const int64_t number = (int64_t)items.size(), threads = std::min(call.threads, number);
+  const int64_t number = (int64_t)items.size(), threads = call.threads;
   if (!number) return 0;
   const int64_t each = (Space::size(call.dim) + 15) / 16 * 16;
   float* memory = keep(threads * each + results);
@@ -597,7 +671,9 @@ int attend(const Call& call) {
   for (const Item& item : items) missing[item.family].store(item.parts, std::memory_order_relaxed);
   std::atomic<int64_t> next{0};
   const Worker<Layout> worker{call};
-#pragma omp parallel num_threads(threads)
+  // Always the same number of threads: OpenMP runtimes end those that a call has no use for, and vLLM has bound
+  // each to its core.
+#pragma omp parallel num_threads(threads) if (number > 1)
   {
     const Space space(memory + omp_get_thread_num() * each, call.dim);
     float* unfinished = memory + threads * each;
@@ -613,8 +689,10 @@ int attend(const Call& call) {
 
 }  // namespace
 
-// 0, or 1 where memory is short, 2 for a layout and dtype that do not exist together.
+// 0, or 1 where memory is short, 2 for a layout and dtype that do not exist together, 3 for too many nodes.
 extern "C" int tree_attention(const Call* call) {
+  for (int64_t j = 0; j < call->jobs; ++j)
+    if (call->node_counts[j] > MAX_NODES) return 3;
   try {
     if (call->layout == 0 && call->dtype == 0) return attend<Rows<float>>(*call);
     if (call->layout == 0 && call->dtype == 1) return attend<Rows<BF16>>(*call);

@@ -763,8 +763,7 @@ def test_another_device_is_refused() -> None:
 
 @native_only
 def test_too_many_nodes_are_refused() -> None:
-    inputs = Inputs(Problem([3], [list(range(-1, 64))]))
-    inputs.words = [torch.ones(65, dtype=torch.int64)]
+    inputs = Inputs(Problem([3], [range(-1, 64)], rows=[[0]]))
     with pytest.raises(ValueError, match="at most 64 nodes"):
         inputs.run()
 
