@@ -1,1 +1,1 @@
-"""Training: so far what the embedded pair needs. Knows vLLM only through its public classes."""
+"""Training a head for any target, and the embedded pair. Knows vLLM only through its public classes."""
