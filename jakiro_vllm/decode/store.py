@@ -76,14 +76,17 @@ class TreeStore:
         Args:
             request_ids: B names.
             scheduled: per request the draft tokens that the scheduler really scheduled. A prefix of the
-                stored tree keeps its topology; anything else becomes a chain, and -1 is never accepted.
+                stored tree keeps its topology, -1 in places of struck nodes included; anything else becomes a
+                chain. -1 is never accepted.
         """
-        slots, counts, strangers = [], [], []
+        slots, counts, struck, strangers = [], [], [], []
         for row, (name, tokens) in enumerate(zip(request_ids, scheduled, strict=True)):
             counts.append(len(tokens) + 1)
             known = self._tokens.get(name)
-            if known is not None and known[: len(tokens)] == list(tokens):
+            if known is not None and _is_prefix(tokens, known):
                 slots.append(self._slots[name])
+                if known[: len(tokens)] != list(tokens):
+                    struck.append(row)
             else:
                 slots.append(-1)
                 if tokens:
@@ -92,15 +95,26 @@ class TreeStore:
         # Slot 0 always exists; a request without a tree borrows it and keeps only the root.
         self._reserve(1)
         trees = self._trees.select(index.clamp(min=0))
+        if struck:
+            trees.tokens[upload(struck, self.device)] = self._drafts([scheduled[row] for row in struck])
         if strangers:
-            drafts = torch.full((len(strangers), self.num_nodes), -1, dtype=torch.int64)
-            for i, row in enumerate(strangers):
-                drafts[i, 1 : len(scheduled[row]) + 1] = torch.tensor(scheduled[row], dtype=torch.int64)
             rows = upload(strangers, self.device)
-            as_chains = chains(upload(drafts, self.device), num_nodes[rows])
+            as_chains = chains(self._drafts([scheduled[row] for row in strangers]), num_nodes[rows])
             for mine, new in zip(_tensors(trees), _tensors(as_chains), strict=True):
                 mine[rows] = new
         return TreeBatch(trees.tokens, trees.parents, trees.depths, trees.ancestors, num_nodes)
+
+    def parents(self, request_id: str) -> list[int]:
+        """The parent of each of a request's draft tokens, as its place among them; -1 for children of the root."""
+        count = len(self._tokens[request_id])
+        return (self._trees.parents[self._slots[request_id], 1 : count + 1] - 1).tolist()
+
+    def _drafts(self, scheduled: Sequence[Sequence[int]]) -> torch.Tensor:
+        """``[B, num_nodes] int64``: draft tokens behind a root that nobody reads, padded with -1."""
+        drafts = torch.full((len(scheduled), self.num_nodes), -1, dtype=torch.int64)
+        for row, tokens in zip(drafts, scheduled, strict=True):
+            row[1 : len(tokens) + 1] = torch.tensor(tokens, dtype=torch.int64)
+        return upload(drafts, self.device)
 
     def _slot(self, name: str) -> int:
         if name not in self._slots:
@@ -123,6 +137,11 @@ class TreeStore:
     def _empty(self, rows: int) -> TreeBatch:
         tokens = torch.full((rows, self.num_nodes), -1, dtype=torch.int64, device=self.device)
         return TreeBatch(*(t.clone() for t in _tensors(chains(tokens, torch.ones_like(tokens[:, 0])))))
+
+
+def _is_prefix(tokens: Sequence[int], known: Sequence[int]) -> bool:
+    """Whether ``tokens`` are the first of ``known``, some of them struck out."""
+    return len(tokens) <= len(known) and all(token in (old, -1) for token, old in zip(tokens, known, strict=False))
 
 
 def _tensors(trees: TreeBatch) -> tuple[torch.Tensor, ...]:

@@ -125,6 +125,14 @@ class HeadOutput:
         assert contrast is not None, "asked of a forward that was not contrastive"
         return contrast.view_as(self.residual)
 
+    def attenuated(self, share: float) -> HeadOutput:
+        """The same output, of whose gradient only ``share`` reaches what it was computed from; for training.
+
+        Norm, gate and the experts' last matrices, which it is computed with, get their gradients in full.
+        """
+        residual, activations = (x.detach() + share * (x - x.detach()) for x in (self.residual, self.activations))
+        return HeadOutput(self.head, residual, activations, self.head.route(residual.flatten(0, -2)), self.contrastive)
+
     def expert_features(self) -> tuple[Tensor, Tensor]:
         """The selected experts' own features, unmixed.
 
@@ -197,11 +205,15 @@ class DraftHead(nn.Module):
         q = self.q_proj(x).unflatten(-1, (self.spec.num_heads, self.spec.head_dim))
         residual = x + self.o_proj(attend(self._rotate(q, positions)).flatten(-2))
         spec, experts = self.spec, self.experts
-        gate = None if experts.gate is None else experts.gate.weight
-        rows = residual.flatten(0, -2)
-        routing = route(rows, self.norm.weight, spec.rms_norm_eps, gate, spec.num_experts, spec.has_contrast)
+        routing = self.route(residual.flatten(0, -2))
         activations = activate(routing.normed, experts.up.weight, routing, spec.num_experts, experts.activation)
         return HeadOutput(self, residual, activations, routing, contrastive)
+
+    def route(self, rows: Tensor) -> Routing:
+        """Normalises ``[T, C]`` rows of the residual stream, and selects and weighs each row's experts."""
+        spec, experts = self.spec, self.experts
+        gate = None if experts.gate is None else experts.gate.weight
+        return route(rows, self.norm.weight, spec.rms_norm_eps, gate, spec.num_experts, spec.has_contrast)
 
     def forward(
         self,

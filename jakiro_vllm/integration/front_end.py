@@ -33,6 +33,7 @@ KV_CACHE_DTYPES: dict[str, tuple[str, ...]] = {
     WORKERS["cpu"]: _FULL_PRECISION,
     WORKERS["cuda"]: (*_FULL_PRECISION, "fp8", "fp8_e4m3"),
 }
+SCHEDULER = "jakiro_vllm.integration.scheduler.JakiroScheduler"
 ADDITIONAL_CONFIG_KEY = "jakiro"
 #: Rows up to which any number of trees has a graph of its own, as many as vLLM itself captures.
 DENSE_ROWS = 512
@@ -66,7 +67,8 @@ def _select(args: EngineArgs, target: ModelConfig, parallel: ParallelConfig) -> 
     """Rewrites the engine arguments so that vLLM drafts with a Jakiro head.
 
     Args:
-        args: the user's arguments; ``speculative_config``, ``spec_*`` and ``additional_config`` are replaced.
+        args: the user's arguments; ``speculative_config``, ``spec_*``, ``scheduler_cls`` and ``additional_config`` are
+            replaced.
         target: of the target model.
         parallel: receives the worker class.
 
@@ -105,12 +107,15 @@ def _select(args: EngineArgs, target: ModelConfig, parallel: ParallelConfig) -> 
 
     if parallel.worker_cls not in ("auto", worker):
         raise JakiroConfigError(f"method 'jakiro' brings its own worker, got --worker-cls {parallel.worker_cls}")
+    if args.scheduler_cls not in (None, SCHEDULER):
+        raise JakiroConfigError(f"method 'jakiro' brings its own scheduler, got --scheduler-cls {args.scheduler_cls}")
     from jakiro_vllm.integration.metrics import export_depths
 
     export_depths(PROPOSER, config.depth)
     if worker == WORKERS["cuda"]:
         capture_trees(args, config.num_nodes)
     parallel.worker_cls = args.worker_cls = worker  # the arguments may be asked for a configuration again
+    args.scheduler_cls = SCHEDULER
     args.spec_method = args.spec_model = args.spec_tokens = None
     args.speculative_config = {
         "method": "custom_class",

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from vllm.v1.attention.backend import AttentionBackend
-from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+from vllm.v1.outputs import DraftTokenIds, LogprobsTensors, SamplerOutput
 from vllm.v1.sample.metadata import SamplingMetadata
 
 from jakiro_vllm.cache.commit import CommittedRows, committed_rows
@@ -25,6 +25,7 @@ from jakiro_vllm.decode.drafter import HeadCache, Roots, RoundInput
 from jakiro_vllm.decode.store import TreeStore
 from jakiro_vllm.integration.layers import check_layers
 from jakiro_vllm.integration.proposer import HEAD_LAYER, JakiroProposer
+from jakiro_vllm.integration.scheduler import DraftTrees
 from jakiro_vllm.transfer import upload
 from jakiro_vllm.tree.batch import TreeBatch, row_topology
 from jakiro_vllm.tree.walk import Accepted, walk
@@ -283,11 +284,22 @@ class JakiroRunnerMixin:
         produced = len(state.output_token_ids)
         return (
             params is not None
-            and params.structured_outputs is None  # the grammar's state does not follow a path yet
-            and params.thinking_token_budget is None  # nor does the budget's
+            and params.thinking_token_budget is None  # the budget's state does not follow a path yet
             and produced >= params.min_tokens  # whose ban ends at a position, not at a node
             and (params.max_tokens is None or params.max_tokens - produced > 1)
         )
+
+    def take_draft_token_ids(self) -> DraftTokenIds | None:
+        """As vLLM's; the scheduler also needs the topology where a grammar's state follows it."""
+        drafts = super().take_draft_token_ids()  # type: ignore[misc]
+        if drafts is None:
+            return None
+        parents = {
+            name: self.tree_store.parents(name)
+            for name, tokens in zip(drafts.req_ids, drafts.draft_token_ids, strict=True)
+            if tokens and self.requests[name].sampling_params.structured_outputs is not None
+        }
+        return DraftTrees(drafts.req_ids, drafts.draft_token_ids, parents) if parents else drafts
 
     def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
         """Always: the scheduler cuts each tree at the model's maximum length, request by request."""

@@ -77,6 +77,8 @@ _TOPK = "vllm.v1.sample.ops.topk_topp_sampler"
 _SAMPLING = "vllm.v1.sample.metadata:SamplingMetadata"
 _BUDGETS = "vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder"
 _PROCESSORS = "vllm.v1.sample.logits_processor"
+_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+_GRAMMARS = "vllm.v1.structured_output:StructuredOutputManager"
 
 _FORWARD = "self layer query key value kv_cache attn_metadata output output_scale output_block_scale"
 _UPDATE = "self layer key value kv_cache slot_mapping"
@@ -100,6 +102,7 @@ ENTRIES: tuple[Entry, ...] = (
         (f"{_ARGS}.create_speculative_config", OVERRIDDEN, "self target_model_config target_parallel_config"),
         (f"{_ARGS}.create_engine_config", REFERS, "create_speculative_config"),
         (_ARGS, ATTRIBUTES, "speculative_config spec_method spec_model spec_tokens additional_config worker_cls"),
+        (_ARGS, ATTRIBUTES, "scheduler_cls"),
         ("vllm.config:SpeculativeConfig", ATTRIBUTES, "method model num_speculative_tokens"),
         ("vllm.platforms", ATTRIBUTES, "current_platform"),
         ("vllm.platforms.interface:Platform", ATTRIBUTES, "is_cpu is_cuda device_type device_name"),
@@ -201,6 +204,29 @@ ENTRIES: tuple[Entry, ...] = (
         (f"{_BATCH}:CachedRequestState", ATTRIBUTES, "sampling_params output_token_ids"),
         ("vllm.sampling_params:SamplingParams", ATTRIBUTES, "structured_outputs thinking_token_budget"),
         ("vllm.sampling_params:SamplingParams", ATTRIBUTES, "min_tokens max_tokens"),
+    ),
+    *_needed_to(
+        "let grammars follow the paths of trees",
+        BOTH,
+        ("vllm.config:SchedulerConfig.get_scheduler_cls", REFERS, "scheduler_cls"),
+        ("vllm.v1.engine.core:EngineCore.__init__", REFERS, "get_scheduler_cls"),
+        ("vllm.v1.engine.core:EngineCore.post_step", REFERS, "take_draft_token_ids update_draft_token_ids"),
+        ("vllm.v1.engine.core:EngineCore.step", REFERS, "get_grammar_bitmask"),
+        (f"{_RUNNER}.take_draft_token_ids", OVERRIDDEN, "self"),
+        (f"{_RUNNER}.sample_tokens", REFERS, "apply_grammar_bitmask"),
+        ("vllm.v1.outputs:DraftTokenIds", CALLED, "req_ids draft_token_ids"),
+        (f"{_SCHEDULER}.__init__", STORES, "requests structured_output_manager"),
+        (f"{_SCHEDULER}.update_draft_token_ids", OVERRIDDEN, "self draft_token_ids"),
+        (f"{_SCHEDULER}.update_draft_token_ids", REFERS, "is_finished is_prefill_chunk spec_token_ids"),
+        (f"{_SCHEDULER}.get_grammar_bitmask", OVERRIDDEN, "self scheduler_output"),
+        (f"{_SCHEDULER}.get_grammar_bitmask", REFERS, "grammar_bitmask scheduled_spec_decode_tokens"),
+        ("vllm.v1.core.sched.output:GrammarOutput", ATTRIBUTES, "structured_output_request_ids grammar_bitmask"),
+        (f"{_GRAMMARS}.validate_tokens", CALLED, "self request spec_tokens"),
+        (
+            f"{_GRAMMARS}.grammar_bitmask",
+            CALLED,
+            "self requests structured_output_request_ids scheduled_spec_decode_tokens",
+        ),
     ),
     *_needed_to(
         "load the head beside its target",

@@ -17,10 +17,16 @@ Each row's loss, where ``z_o = softmax(LM_head(o))``:
     left    = feature * SmoothL1(left_t, f_{t+1}) - token * sum_v p_{t+1}(v) log z_left(v)
     right   = the same with right_t, f_{t+2} and p_{t+2}, times the weight ``right``
     experts = - experts * sum_v p_{t+1}(v) log sum_e g_e z_{E_e}(v)
+    order   = right_order * max(0, 1 - log(c_0 / c_1))^2
 
 ``SmoothL1`` is the mean over C of ``d^2 / 2`` if ``|d| < 1`` else ``|d| - 1/2``. ``E_e`` is the feature of expert e
 alone and ``g_e`` its gate weight: the mixture of the experts' *distributions* is what the policy ``decoupled``
 drafts from, while ``left`` is the mixture of their *features*.
+
+``c`` are the contrastive gate's weights: the output is ``h + c_0 E_0 - c_1 E_1`` where ``c_0`` is the larger, else
+``h + c_1 E_1 - c_0 E_0``. A sign that flips from token to token while the gate is undecided teaches the experts
+nothing, so the hinge ``order`` decides it early. Of the right loss only the share ``right_trunk`` reaches the weights
+below the experts' last matrices: the left loss, which matters at every level but the last, needs them too.
 
 Every term is a sum over rows times a scale that is known before the first forward: the number of valid rows
 follows from the segments. So a step's loss does not depend on how its rows are divided among forwards and workers.
@@ -39,6 +45,7 @@ from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
 from jakiro_vllm.draft.head import DraftHead
+from jakiro_vllm.kernels.experts import EXPERTS_PER_TOKEN, Routing
 from jakiro_vllm.training.rollout import rollout
 from jakiro_vllm.training.settings import LossSettings
 
@@ -62,12 +69,14 @@ class StepOutput:
         right: ``[B, L, C]`` the contrastive ones; None for a head without them.
         own: ``[B, L, K, C]`` each selected expert's; None where they are not wanted.
         weights: ``[B, L, K] float32`` of the gate; None with ``own``.
+        order: ``[B, L] float32``, ``log(c_0 / c_1)`` of the contrastive gate; None with ``right``.
     """
 
     left: Tensor
     right: Tensor | None
     own: Tensor | None
     weights: Tensor | None
+    order: Tensor | None = None
 
 
 def draft_outputs(
@@ -77,7 +86,7 @@ def draft_outputs(
     segments: Tensor,
     positions: Tensor,
     steps: int,
-    experts: bool,
+    weights: LossSettings,
 ) -> list[StepOutput]:
     """Runs the head from every position, as `rollout` does.
 
@@ -88,15 +97,29 @@ def draft_outputs(
         segments: ``[B, L] int64``.
         positions: ``[B, L] int64``.
         steps: S.
-        experts: whether the experts' own features are wanted.
+        weights: of the loss, which decide what is wanted and how gradients flow.
     """
     found = []
     for output in rollout(head, embeds, features, segments, positions, steps):
-        right = output.contrast() if head.spec.has_contrast else None
-        own = output.expert_features()[0] if experts else None
-        weights = output.routing.weights.view(own.shape[:-1]) if own is not None else None
-        found.append(StepOutput(output.feature(), right, own, weights))
+        right = order = own = gates = None
+        if head.spec.has_contrast and weights.right:
+            source = output if weights.right_trunk == 1 else output.attenuated(weights.right_trunk)
+            right, order = source.contrast(), _contrastive_order(source.routing, head.spec.num_experts)
+            order = order.view(right.shape[:-1])
+        if weights.experts:
+            own = output.expert_features()[0]
+            gates = output.routing.weights.view(own.shape[:-1])
+        found.append(StepOutput(output.feature(), right, own, gates, order))
     return found
+
+
+def _contrastive_order(routing: Routing, num_experts: int) -> Tensor:
+    """``[T] float32``: ``log(c_0 / c_1)``."""
+    assert routing.contrast is not None
+    first, second = routing.contrast.abs().clamp_min(_LEAST_WEIGHT).log().unbind(-1)
+    # With two experts the weights stand in the order of the experts' probabilities, c_0 where expert 0 does.
+    swapped = (routing.experts[:, 0] == 1) & (num_experts == EXPERTS_PER_TOKEN)
+    return torch.where(swapped, second - first, first - second)
 
 
 def valid_rows(segments: Tensor, ahead: int, behind: int = 0) -> Tensor:
@@ -183,6 +206,9 @@ def objective(
                 total = total + weights.feature * (distance * row_weights).sum()
             if weights.token:
                 mixtures.append(_Mixture(feature.unsqueeze(1), None, weights.token * row_weights))
+        if weights.right_order and output.order is not None:
+            row_weights = valid_rows(segments, 2, step) * (weights.right_order * scales[step, 1])
+            total = total + (F.relu(1 - output.order).square() * row_weights).sum()
         if weights.experts:
             assert output.own is not None and output.weights is not None
             row_weights = _at_goal(valid_rows(segments, 1, step) * (weights.experts * scales[step, 0]), 1)

@@ -72,8 +72,9 @@ class PairRecipe:
 
 
 #: Far fewer steps than the reference, so Muon at a high rate; more weight on the tokens, which are what verification
-#: compares; embeddings scaled to the features, which are 16 times as large; wide experts, which cost a draft little
-#: beside its LM head; and a last part that learns from the head's own features.
+#: compares; a contrastive output that hardly disturbs the mixture; embeddings scaled to the features, which are 16
+#: times as large; wide experts, which cost a draft little beside its LM head; and a last part that learns from the
+#: head's own features.
 HEAD: dict[str, Any] = {
     "generation": {"new_tokens": 256, "temperatures": [0.0, 0.8], "part": 512},
     "head": {"intermediate_size": 768},
@@ -82,7 +83,7 @@ HEAD: dict[str, Any] = {
         "rows": 8,
         "row_length": 512,
         "lr": 2e-3,
-        "muon_lr": 1e-2,
+        "muon_lr": 5e-3,
         "weight_decay": 0.0,
         "schedule": "linear",
         "warmup_steps": 30,
@@ -90,7 +91,7 @@ HEAD: dict[str, Any] = {
         "balance_inputs": True,
         "feature_noise": 0.1,
         "rollout": [{"share": 0.6, "steps": 1}, {"share": 0.4, "steps": 2}],
-        "loss": {"token": 1.0},
+        "loss": {"token": 1.0, "right_trunk": 0.1, "right_order": 1.0},
         "compile": False,
     },
     "evaluation": {"prompts": 64, "width": 4},

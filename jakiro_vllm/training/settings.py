@@ -92,12 +92,17 @@ class HeadSettings(Section):
 
 
 class LossSettings(Section):
-    """Weights of the loss terms; the defaults are the reference recipe's.
+    """The loss and its terms; the defaults are the reference recipe's.
 
     Attributes:
         feature: of SmoothL1 between features.
         token: of cross-entropy against the target's distribution.
         right: of the contrastive output, relative to the mixture.
+        right_trunk: share of the contrastive output's gradient that reaches what it has in common with the mixture:
+            all below the experts' last matrices. The mixture drafts every level but the last, and loses much where
+            both pull at the same weights.
+        right_order: of a hinge that keeps the first contrastive gate above the second by 1. Their order decides the
+            output's sign, which otherwise flips from token to token while the head learns.
         experts: of the mixture of the experts' own distributions against the target's, which trains decoupled
             candidates.
     """
@@ -105,6 +110,8 @@ class LossSettings(Section):
     feature: float = Field(default=1.0, ge=0)
     token: float = Field(default=0.1, ge=0)
     right: float = Field(default=0.5, ge=0)
+    right_trunk: float = Field(default=1.0, ge=0, le=1)
+    right_order: float = Field(default=0.0, ge=0)
     experts: float = Field(default=0.0, ge=0)
 
 

@@ -264,7 +264,7 @@ class _Session:
                 batch.segments,
                 batch.positions,
                 work.rollout_steps,
-                recipe.loss.experts > 0,
+                recipe.loss,
             )
             return objective(
                 outputs, features, batch.segments, work.scales, self.target.logits, recipe.loss, self.functions

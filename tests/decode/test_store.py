@@ -67,8 +67,7 @@ def test_a_prefix_keeps_its_topology(store: TreeStore, rng: random.Random) -> No
         pytest.param([5, 9, 7], id="other-token"),
         pytest.param([6, 7], id="not-from-the-start"),
         pytest.param([5, 6, 7, 8], id="longer"),
-        pytest.param([-1, -1, -1], id="placeholders"),
-        pytest.param([5, 6, -1], id="placeholder-at-the-end"),
+        pytest.param([-1, -1, -1, -1], id="more-placeholders"),
     ],
 )
 def test_anything_else_becomes_a_chain(scheduled: list[int], store: TreeStore) -> None:
@@ -76,6 +75,23 @@ def test_anything_else_becomes_a_chain(scheduled: list[int], store: TreeStore) -
     assert_trees(store.gather(["a"], [scheduled]), [chain(scheduled)])
     # The stored tree is still there.
     assert_trees(store.gather(["a"], [[5, 6, 7]]), [([-1, 0, 0, 0], [4, 5, 6, 7])])
+
+
+@pytest.mark.parametrize("struck", [[5, -1, 7, 8], [-1, 6, -1, -1], [5, 6, -1], [-1, -1]])
+def test_struck_nodes_keep_the_topology(struck: list[int], store: TreeStore) -> None:
+    """What a grammar strikes out is never accepted; the others stay where they are."""
+    parents = [-1, 0, 0, 1, 1]
+    store.put(["a", "b"], make_batch([(parents, [4, 5, 6, 7, 8])] * 2))
+    found = store.gather(["b", "a"], [[5, 6, 7, 8], struck])
+    count = len(struck) + 1
+    assert_trees(found, [(parents, [4, 5, 6, 7, 8]), (parents[:count], [4, *struck])])
+    assert_trees(store.gather(["a"], [[5, 6, 7, 8]]), [(parents, [4, 5, 6, 7, 8])])
+
+
+def test_parents_of_the_drafts(store: TreeStore) -> None:
+    store.put(["a", "b"], make_batch([([-1, 0, 0, 1, 1], [4, 5, 6, 7, 8]), ([-1, 0], [1, 2])]))
+    assert store.parents("a") == [-1, -1, 0, 0]
+    assert store.parents("b") == [-1]
 
 
 def test_requests_that_were_never_seen(store: TreeStore) -> None:

@@ -105,11 +105,12 @@ class Acceptance:
 
 
 def sampling_params(settings: dict[str, Any]) -> SamplingParams:
-    """From JSON; ``regex`` asks for structured output."""
+    """From JSON; ``structured`` asks for structured output."""
     settings = dict(settings)
-    regex = settings.pop("regex", None)
-    structured = None if regex is None else StructuredOutputsParams(regex=regex)
-    return SamplingParams(**settings, structured_outputs=structured)
+    structured = settings.pop("structured", None)
+    return SamplingParams(
+        **settings, structured_outputs=None if structured is None else StructuredOutputsParams(**structured)
+    )
 
 
 def generate(llm: LLM, phase: dict[str, Any]) -> list[dict[str, Any]]:

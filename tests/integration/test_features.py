@@ -23,7 +23,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "bad words": {"bad_words": ["self", " return"]},
     "allowed tokens": {"allowed_token_ids": list(range(5, 400))},
-    "regex": {"regex": r"[a-z]{3,8}\([0-9]{2}\)"},
+    "regex": {"structured": {"regex": r"[a-z]{3,8}\([0-9]{2}\)"}},
     "all logprobs": {"logprobs": -1, "max_tokens": 12},
     "prompt logprobs": {"prompt_logprobs": 1},
     "thinking budget": {"thinking_token_budget": 6},
