@@ -5,7 +5,8 @@
 One target, one set of its own answers, equal steps, parameters within 3%, equal node budgets. Every head is trained by
 the code of ``jakiro-vllm train``; trees are verified by vLLM with held-out prompts, greedy and at temperature 1, with
 the same seeds for all heads, so that differences are paired by prompt. Finished heads and measurements are kept in
---work: run the same command again after an interruption. Beside the CSV there is a table (.md) and a plot (.png).
+--work: run the same command again after an interruption. Rows of other seeds that --output holds already are kept, so
+seeds may be run one by one. Beside the CSV there is a table (.md) and a plot (.png).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from jakiro_vllm.training.pair import HEAD, PairRecipe, make_answers
 from jakiro_vllm.training.settings import TrainSettings
 
 #: Node budget, depth and width of the trees that are verified.
-TREES = {"16 nodes": TreeConfig(16, 6, 4), "60 nodes": TreeConfig(60, 6, 10)}
+TREES = {"16 nodes": TreeConfig(16, 6, 4)}
 TEMPERATURES = (0.0, 1.0)
 
 
@@ -56,13 +57,16 @@ class Contestant:
     loss: dict[str, float]
 
 
+#: The contrastive output as the reference trains it: its gradient everywhere, its sign free to flip.
+REFERENCE = {"right_trunk": 1.0, "right_order": 0.0}
 CONTESTANTS = (
     Contestant("dense", "dense", 2.0, "mixture", {}),
     Contestant("jakiro, mixture", "jakiro", 1.0, "mixture", {}),
     Contestant("jakiro, decoupled", "jakiro", 1.0, "decoupled", {"experts": 1.0}),
     Contestant("jakiro_star, decoupled", "jakiro_star", 1.5, "decoupled", {}),
+    Contestant("jakiro, mixture, reference loss", "jakiro", 1.0, "mixture", REFERENCE),
 )
-ROLLOUTS = {"without": [{"share": 1.0, "steps": 1}], "with": [{"share": 0.6, "steps": 1}, {"share": 0.4, "steps": 3}]}
+ROLLOUTS = {"without": [{"share": 1.0, "steps": 1}], "with": [{"share": 0.6, "steps": 1}, {"share": 0.4, "steps": 2}]}
 
 
 @dataclass(frozen=True)
@@ -185,6 +189,24 @@ def rows_of(runs: list[Run], work: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def kept_rows(path: Path, seeds: list[int]) -> list[dict[str, Any]]:
+    """Rows of other seeds that were measured before."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if int(row["seed"]) not in seeds]
+    return [{name: _number(value) for name, value in row.items()} for row in rows]
+
+
+def _number(value: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    return value
+
+
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Means over seeds, in the order of the rows; an interval over seeds from their spread (Student's t)."""
     quantile = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
@@ -239,7 +261,7 @@ def plot(means: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     panels = sorted({(row["tree"], row["temperature"]) for row in means})
-    figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained", squeeze=False)
+    figure, axes = pyplot.subplots(len(panels), 1, figsize=(9, 3.5 * len(panels)), layout="constrained", squeeze=False)
     names = [contestant.name for contestant in CONTESTANTS]
     for axis, (tree, temperature) in zip(axes.flat, panels, strict=True):
         for offset, rollout in enumerate(ROLLOUTS):
@@ -265,11 +287,11 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True, help="folder of intermediate results, some gigabytes")
     parser.add_argument("--output", type=Path, default=Path("heads.csv"))
     parser.add_argument("--target", type=Path, default=EMBEDDED_TARGET)
-    parser.add_argument("--prompts", type=int, default=2048, help="that the target answers for training")
+    parser.add_argument("--prompts", type=int, default=4096, help="that the target answers for training")
     parser.add_argument("--held-out", type=int, default=64, help="prompts that are measured on")
     parser.add_argument("--new-tokens", type=int, default=256, help="of an answer")
     parser.add_argument("--max-tokens", type=int, default=128, help="of a measured completion")
-    parser.add_argument("--epochs", type=float, default=2.0)
+    parser.add_argument("--epochs", type=float, default=0.4)
     parser.add_argument("--width", type=int, default=256, help="intermediate size of jakiro's experts")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
@@ -286,7 +308,7 @@ def main() -> int:
         train(settings_of(run, args.work, recipe, args.width, args.epochs), args.work)
         print(f"trained {run.folder}", flush=True)
     measure(runs, args.work, args.max_tokens)
-    rows = rows_of(runs, args.work)
+    rows = kept_rows(args.output, args.seeds) + rows_of(runs, args.work)
     with args.output.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
