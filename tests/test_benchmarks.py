@@ -12,13 +12,16 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from jakiro_vllm.draft.checkpoint import load_head
 from jakiro_vllm.draft.head import DraftHead
-from jakiro_vllm.draft.registry import EMBEDDED_TARGET
+from jakiro_vllm.draft.registry import EMBEDDED_HEAD, EMBEDDED_TARGET
 from jakiro_vllm.integration.acceptance import Tally
 from jakiro_vllm.training.frozen import head_spec
 from jakiro_vllm.training.pair import PairRecipe
+from jakiro_vllm.training.rollout import rollout
 
 ROOT = Path(__file__).resolve().parent.parent
 OPERATIONS = {
@@ -49,8 +52,6 @@ def test_the_kernels_benchmark_measures_every_kernel(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("script", ["kernels.py", "gpu_smoke.py"])
 def test_without_a_gpu_a_benchmark_says_so(script: str, tmp_path: Path) -> None:
-    import torch
-
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     command = [sys.executable, str(ROOT / "benchmarks" / script), "--output", str(tmp_path / "x")]
@@ -59,16 +60,21 @@ def test_without_a_gpu_a_benchmark_says_so(script: str, tmp_path: Path) -> None:
     assert "no GPU answers" in done.stderr
 
 
-@pytest.fixture(scope="module")
-def heads() -> ModuleType:
-    """The module of ``benchmarks/heads.py``."""
-    spec = importlib.util.spec_from_file_location("heads", ROOT / "benchmarks" / "heads.py")
+def script(name: str) -> ModuleType:
+    """The module of a benchmark."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["heads"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def heads() -> ModuleType:
+    """The module of ``benchmarks/heads.py``."""
+    return script("heads")
 
 
 def test_contestants_have_as_many_parameters(heads: ModuleType, tmp_path: Path) -> None:
@@ -108,3 +114,48 @@ def test_the_comparison_of_heads_is_paired_and_averaged(heads: ModuleType, tmp_p
     assert "| jakiro, mixture | 5 | 7 | 4.000 ± 0.000 | 1.333 ± 0.000 |" in (tmp_path / "t.md").read_text()
     heads.plot(means, tmp_path / "t.png")
     assert (tmp_path / "t.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param((512, 7, 1024, 8, 4), id="wider and deeper"),
+        pytest.param((384, 5, 768, 6, 2), id="more query heads per KV head"),
+        pytest.param((256, 6, 768, 4, 2), id="deeper"),
+    ],
+)
+@torch.no_grad()
+def test_a_cost_scaled_pair_computes_the_same(sizes: tuple[int, ...], tmp_path: Path) -> None:
+    cost_scaled = script("cost_scaled")
+    shape = cost_scaled.Shape(*sizes)
+    cost_scaled.scale_pair(EMBEDDED_TARGET, EMBEDDED_HEAD, tmp_path, shape)
+    small, large = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        for folder in (EMBEDDED_TARGET, tmp_path / "target")
+    )
+    assert large.config.num_hidden_layers == shape.layers
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "target")) == 4096
+    prompt = torch.arange(40, 60).unsqueeze(0)
+    tokens = small.generate(prompt, max_new_tokens=60, do_sample=False, pad_token_id=0)
+    assert torch.equal(large.generate(prompt, max_new_tokens=60, do_sample=False, pad_token_id=0), tokens)
+    ours, theirs = (model(tokens, output_hidden_states=True) for model in (small, large))
+    torch.testing.assert_close(theirs.logits, ours.logits, rtol=1e-4, atol=1e-4)
+    features = [found.hidden_states[-1] for found in (ours, theirs)]
+    torch.testing.assert_close(features[1][..., :256], features[0], rtol=1e-4, atol=1e-4)
+    assert not features[1][..., 256:].any()
+    drafts = []
+    for model, folder, feature in ((small, EMBEDDED_HEAD, features[0]), (large, tmp_path / "head", features[1])):
+        head = load_head(folder, torch.float32)
+        head.prepare_positions(tokens.shape[1])
+        segments, positions = torch.ones_like(tokens), torch.arange(tokens.shape[1]).unsqueeze(0)
+        outputs = rollout(head, model.get_input_embeddings()(tokens), feature, segments, positions, 3)
+        drafts.append([(output.feature()[..., :256], output.contrast()[..., :256]) for output in outputs])
+    for mine, scaled in zip(*drafts, strict=True):
+        for a, b in zip(mine, scaled, strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-3)
+
+
+def test_a_pair_does_not_shrink(tmp_path: Path) -> None:
+    cost_scaled = script("cost_scaled")
+    with pytest.raises(ValueError, match="hidden size cannot shrink from 256 to 128"):
+        cost_scaled.scale_pair(EMBEDDED_TARGET, EMBEDDED_HEAD, tmp_path, cost_scaled.Shape(128, 5, 768, 4, 2))
