@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from published_heads import published_head, write_head
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 VOCAB = 512
@@ -192,3 +192,92 @@ def write_adapter(
     (folder / "adapter_config.json").write_text(json.dumps(config))
     save_file(tensors, folder / "adapter_model.safetensors")
     return folder
+
+
+#: Layouts of quantised checkpoints: what llm-compressor writes, and AutoAWQ, and GPTQModel.
+QUANTISATIONS = ("w8a8", "w4a16", "awq", "gptq")
+GROUP = 32
+
+
+def quantise_target(folder: Path, kind: str) -> Path:
+    """Rewrites a target of ``write_target`` in a quantised layout; embedding, LM head and norms stay as they are.
+
+    Args:
+        folder: of the target.
+        kind: one of ``QUANTISATIONS``.
+    """
+    tensors = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if name.endswith("_proj.weight"):
+            tensors |= quantised(name.removesuffix("weight"), tensor, kind)
+        else:
+            tensors[name] = tensor
+    save_file(tensors, folder / "model.safetensors")
+    weights = {"num_bits": 8 if kind == "w8a8" else 4, "type": "int", "symmetric": True, "dynamic": False}
+    group: dict[str, Any] = {"targets": ["Linear"], "weights": weights, "output_activations": None}
+    if kind == "w8a8":
+        weights |= {"strategy": "channel", "group_size": None}
+        group["input_activations"] = {**weights, "strategy": "token", "dynamic": True}
+    else:
+        weights |= {"strategy": "group", "group_size": GROUP}
+        group["input_activations"] = None
+    compressed = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized" if kind == "w8a8" else "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+        "kv_cache_scheme": None,
+    }
+    entry = {
+        "w8a8": compressed,
+        "w4a16": compressed,
+        "awq": {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"},
+        "gptq": {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True},
+    }[kind]
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": entry}))
+    return folder
+
+
+def quantised(prefix: str, weight: torch.Tensor, kind: str) -> dict[str, torch.Tensor]:
+    """The tensors of one linear layer, from its ``[rows, columns]`` weight."""
+    if kind == "w8a8":
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        return {prefix + "weight": (weight / scale).round().to(torch.int8), prefix + "weight_scale": scale}
+    rows, columns = weight.shape
+    grouped = weight.view(rows, columns // GROUP, GROUP)
+    scale = grouped.abs().amax(2, keepdim=True) / 7
+    values = ((grouped / scale).round() + 8).view(rows, columns).to(torch.int32)  # [1, 15], 8 is zero
+    scale = scale.squeeze(2)  # [rows, groups]
+    if kind == "w4a16":
+        return {
+            prefix + "weight_packed": packed(values, 1),
+            prefix + "weight_scale": scale,
+            prefix + "weight_shape": torch.tensor([rows, columns]),
+        }
+    scales = scale.t().contiguous()
+    if kind == "awq":
+        order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
+        by_column = values.t().reshape(columns, rows // 8, 8)[:, :, order].reshape(columns, rows)
+        return {
+            prefix + "qweight": packed(by_column, 1),
+            prefix + "qzeros": packed(torch.full((columns // GROUP, rows), 8), 1),
+            prefix + "scales": scales.half(),
+        }
+    assert kind == "gptq"
+    return {
+        prefix + "qweight": packed(values.t(), 0),
+        # GPTQ stores zero points less one.
+        prefix + "qzeros": packed(torch.full((columns // GROUP, rows), 7), 1),
+        prefix + "scales": scales.half(),
+        prefix + "g_idx": torch.arange(columns, dtype=torch.int32) // GROUP,
+    }
+
+
+def packed(values: torch.Tensor, axis: int) -> torch.Tensor:
+    """Eight values of four bits in an int32, the first one lowest, along an axis."""
+    values = values.to(torch.int64).unflatten(axis, (-1, 8))
+    shifts = 4 * torch.arange(8).view(8, *[1] * (values.ndim - axis - 2))
+    words = (values << shifts).sum(axis + 1)
+    return words.where(words < 1 << 31, words - (1 << 32)).to(torch.int32)
