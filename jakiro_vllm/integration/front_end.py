@@ -209,7 +209,10 @@ def check_target(args: EngineArgs, target: ModelConfig, parallel: ParallelConfig
             "context parallelism is not supported with trees yet",
         ),
         (parallel.use_ubatching, "dual batch overlap is not supported with trees yet"),
-        (args.enable_lora, "LoRA adapters are not supported with trees yet"),
+        (
+            args.enable_lora and worker != WORKERS["cpu"],
+            "LoRA adapters with trees run on vLLM's CPU platform only, so far",
+        ),
         (
             args.kv_transfer_config is not None or args.kv_offloading_size is not None,
             "KV connectors would see unverified tokens",

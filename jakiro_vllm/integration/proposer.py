@@ -5,12 +5,14 @@ Drafting itself is called by the runner, because this door hands over no hidden 
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.logger import init_logger
+from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.model_executor.layers.attention import Attention
 from vllm.utils.torch_utils import set_default_torch_dtype
 
@@ -106,7 +108,7 @@ class JakiroProposer:
 def _embedding_of(target: nn.Module) -> nn.Module:
     for path in ("model.embed_tokens", "model.model.embed_tokens", "embed_tokens"):
         try:
-            return target.get_submodule(path)
+            return _without_adapter(target.get_submodule(path))
         except AttributeError:
             continue
     raise JakiroConfigError(
@@ -118,4 +120,17 @@ def _embedding_of(target: nn.Module) -> nn.Module:
 def _lm_head_of(target: Any) -> LmHead:
     if not hasattr(target, "compute_logits"):
         raise JakiroConfigError(f"target {type(target).__name__} computes no logits; serve it without speculation")
+    if any(isinstance(module, BaseLayerWithLoRA) for module in target.children()):
+        # The same target, weights included, but for the layers that adapters wrap.
+        target = copy.copy(target)
+        target._modules = {name: _without_adapter(module) for name, module in target._modules.items()}
     return target.compute_logits
+
+
+def _without_adapter(module: nn.Module) -> nn.Module:
+    """The layer itself, if LoRA adapters are wrapped around it.
+
+    A wrapper assigns adapters to the rows of the step that the target computes; a draft's rows are others. Drafts need
+    not know of adapters.
+    """
+    return module.base_layer if isinstance(module, BaseLayerWithLoRA) else module

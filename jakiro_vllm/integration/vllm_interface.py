@@ -66,6 +66,7 @@ _BATCH = "vllm.v1.worker.gpu_input_batch"
 _TABLES = "vllm.v1.worker.block_table"
 _KV = "vllm.v1.kv_cache_interface"
 _LAYERS = "vllm.model_executor.layers.attention"
+_LORA = "vllm.lora.layers"
 _LAYER_BASE = "vllm.model_executor.layers.attention_layer_base:AttentionLayerBase"
 _REGISTRY = "vllm.v1.attention.backends.registry"
 _SELECTOR = "vllm.v1.attention.selector"
@@ -240,6 +241,15 @@ ENTRIES: tuple[Entry, ...] = (
         ("vllm.config:set_current_vllm_config", CALLED, "vllm_config"),
         ("vllm.utils.torch_utils:set_default_torch_dtype", CALLED, "dtype"),
         ("vllm.logger:init_logger", CALLED, "name"),
+    ),
+    *_needed_to(
+        "draft without the adapters of its target",
+        BOTH,
+        (_LORA, ATTRIBUTES, "BaseLayerWithLoRA"),
+        (f"{_LORA}.vocab_parallel_embedding:VocabParallelEmbeddingWithLoRA.__init__", STORES, "base_layer"),
+        (f"{_LORA}.logits_processor:LogitsProcessorWithLoRA.__init__", STORES, "base_layer"),
+        # Rows of trees are scheduled tokens, and so get the adapter of their request.
+        (f"{_RUNNER}._prepare_inputs", REFERS, "set_active_loras"),
     ),
     *_needed_to(
         "keep the head's KV in vLLM's pages",

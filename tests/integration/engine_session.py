@@ -1,6 +1,8 @@
 """Runs engines, one after the other, in a process of their own: ``engine_session.py REQUEST RESPONSE``.
 
 The request is a list of ``{"engine": arguments, "phases": [...]}``; the response has a list of answers for each.
+A phase may name answers that are there by then, as ``[job, phase]``: ``oracle`` grows trees from them instead of the
+head's, ``after`` lets its requests go on where those ended.
 
 The engine lives in this process (no engine-core process), so that a phase can sabotage it (a negative
 control) or look into its KV cache. Paths are JSON files.
@@ -22,9 +24,14 @@ import torch
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.inputs import TokensPrompt
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import StructuredOutputsParams
 
 from jakiro_vllm.cache.commit import moved_rows
+
+sys.path.append(str(Path(__file__).parents[1] / "reference"))
+
+from oracle import SHAPES, Oracle
 
 #: Whether engines sample as they do on CUDA machines, from exponential noise; else as the CPU platform does.
 NATIVE_SAMPLER = False
@@ -113,11 +120,17 @@ def sampling_params(settings: dict[str, Any]) -> SamplingParams:
     )
 
 
+def lora_request(folder: str | None) -> LoRARequest | None:
+    """The adapter in a folder; its number is the last character of the folder's name."""
+    return None if folder is None else LoRARequest(folder, int(folder[-1]), folder)
+
+
 def generate(llm: LLM, phase: dict[str, Any]) -> list[dict[str, Any]]:
     """Runs a phase's requests together."""
     prompts = [TokensPrompt(prompt_token_ids=r["prompt"]) for r in phase["requests"]]
     params = [sampling_params(r["sampling"]) for r in phase["requests"]]
-    answers = llm.generate(prompts, params, use_tqdm=False)
+    adapters = [lora_request(r.get("adapter")) for r in phase["requests"]]
+    answers = llm.generate(prompts, params, use_tqdm=False, lora_request=adapters if any(adapters) else None)
     found = []
     for answer in answers:
         first = answer.outputs[0]
@@ -203,24 +216,54 @@ def speculation(llm: LLM) -> dict[str, float]:
     return {names[m.name].removesuffix("_tokens"): m.value for m in llm.get_metrics() if m.name in names}
 
 
-def run_phases(engine: dict[str, Any], phases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Builds an engine and answers its phases; the engine is gone afterwards."""
+def continued(requests: list[dict[str, Any]], answers: list[dict[str, Any]], room: int) -> list[dict[str, Any]]:
+    """The same requests, each from where its answer ended, with ``room`` tokens at most before it."""
+    pairs = zip(requests, answers, strict=True)
+    return [request | {"prompt": (request["prompt"] + answer["tokens"])[:room]} for request, answer in pairs]
+
+
+def oracle(runner: Any, phase: dict[str, Any], answers: list[dict[str, Any]]) -> Oracle:
+    """An oracle that knows the answers to a phase's requests, which may be the first of those that were answered."""
+    made = Oracle(runner, phase.get("shapes") or list(SHAPES))
+    for request, answer in zip(phase["requests"], answers, strict=False):
+        seed = request["sampling"].get("seed")
+        for i, sample in enumerate(answer["samples"]):
+            made.learn(request["prompt"], None if seed is None else seed + i, request.get("adapter"), sample)
+    return made
+
+
+def run_phases(engine: dict[str, Any], phases: list[dict[str, Any]], response: list[list[dict[str, Any]]]) -> None:
+    """Builds an engine and answers its phases; the engine is gone afterwards.
+
+    Args:
+        engine: its arguments.
+        phases: what to do with it.
+        response: of all engines; the answers go into the last list.
+    """
     llm = LLM(**engine)
     runner = runner_of(llm)
     if NATIVE_SAMPLER:
         sampler = runner.sampler.topk_topp_sampler
         sampler.forward = sampler.forward_native
     acceptance = Acceptance(runner) if hasattr(runner, "_compact") else None
-    answers = []
+    answers = response[-1]
     for phase in phases:
         if phase.get("fresh_cache"):
             llm.reset_prefix_cache()
         if BEFORE_PHASE is not None:
             BEFORE_PHASE(phase)
+        if phase.get("after"):
+            job, index = phase["after"]
+            room = engine["max_model_len"] * 3 // 4
+            phase = phase | {"requests": continued(phase["requests"], response[job][index]["requests"], room)}
         mend = sabotage(runner, phase["sabotage"]) if phase.get("sabotage") else None
         try:
             if phase.get("kind") == "kv":
                 answers.append({"difference": compare_kv(llm, runner, phase)})
+            elif phase.get("oracle"):
+                job, index = phase["oracle"]
+                with oracle(runner, phase, response[job][index]["requests"]):
+                    answers.append({"requests": generate(llm, phase)})
             else:
                 answers.append({"requests": generate(llm, phase)})
         finally:
@@ -232,14 +275,14 @@ def run_phases(engine: dict[str, Any], phases: list[dict[str, Any]]) -> list[dic
             answers[-1]["acceptance"] = acceptance.take()
     if acceptance is not None:
         answers.append({"live_trees": len(runner.tree_store)})
-    return answers
 
 
 def main() -> None:
     """Runs the engines and writes the answers."""
-    response = []
+    response: list[list[dict[str, Any]]] = []
     for job in json.loads(Path(sys.argv[1]).read_text()):
-        response.append(run_phases(job["engine"], job["phases"]))
+        response.append([])
+        run_phases(job["engine"], job["phases"], response)
         cleanup_dist_env_and_memory()
     Path(sys.argv[2]).write_text(json.dumps(response))
 

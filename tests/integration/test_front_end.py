@@ -263,7 +263,6 @@ def test_families_that_cannot_work_yet(tmp_path: Path, family: str) -> None:
         ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"tensor_parallel_size": 2}, "tensor parallelism"),
         ({"kv_cache_dtype": "fp8"}, "KV cache dtype 'fp8'"),
-        ({"enable_lora": True}, "LoRA"),
         ({"worker_cls": "some.other.Worker"}, "brings its own worker"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -271,6 +270,15 @@ def test_families_that_cannot_work_yet(tmp_path: Path, family: str) -> None:
 def test_modes_that_cannot_work_yet(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(JakiroError, match=message):
         configure(**arguments, speculative_config={"method": "jakiro", "model": str(EMBEDDED_HEAD)})
+
+
+def test_lora_is_for_the_cpu_platform(monkeypatch: pytest.MonkeyPatch) -> None:
+    speculative = {"method": "jakiro", "model": str(EMBEDDED_HEAD)}
+    config = configure(speculative_config=speculative, enable_lora=True, max_num_seqs=8)
+    assert config.additional_config["jakiro"]["head"] == str(EMBEDDED_HEAD)
+    monkeypatch.setattr(front_end, "choose_worker", lambda: front_end.WORKERS["cuda"])
+    with pytest.raises(JakiroError, match=r"LoRA adapters with trees run on vLLM's CPU platform only"):
+        configure(speculative_config=speculative, enable_lora=True, max_num_seqs=8)
 
 
 def test_unsupported_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
