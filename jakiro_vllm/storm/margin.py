@@ -37,22 +37,41 @@ class Judge:
 
         return AutoModelForCausalLM.from_pretrained(self.target, dtype=torch.float32).eval()
 
-    @torch.inference_mode()
     def __call__(self, case: Case, choice: int, prompt: list[int], common: list[int], plain: int, trees: int) -> float:
         """Nats by which the target preferred one of two tokens to the other.
 
         Where the one with the higher sum may just have been cut off by top-k or top-p, its distance to that edge
         counts, if it is less.
         """
-        fields = case.fields
-        logits = self.model(torch.tensor([prompt + common])).logits[0, -1].float()
-        logits = penalized(logits, fields, prompt, common)
+        logits = self.logits(case, prompt, common)
+        lead = score_lead(case, choice, logits, len(common), plain, trees)
         if case.greedy:
-            return float((logits[plain] - logits[trees]).abs())
-        logits /= fields["temperature"]
-        seed = fields["seed"] + choice % fields.get("n", 1)
-        lead = float(logits[plain] - logits[trees]) + noise_lead(seed, len(common), plain, trees, logits.numel())
-        return min(abs(lead), edge_distance(logits, plain if lead > 0 else trees, fields))
+            return abs(lead)
+        return min(abs(lead), edge_distance(logits, plain if lead > 0 else trees, case.fields))
+
+    @torch.inference_mode()
+    def logits(self, case: Case, prompt: list[int], common: list[int]) -> Tensor:
+        """What the next token is sampled from, before top-k and top-p: ``[V]``."""
+        logits = self.model(torch.tensor([prompt + common])).logits[0, -1].float()
+        return penalized(logits, case.fields, prompt, common) / (1.0 if case.greedy else case.fields["temperature"])
+
+
+def score_lead(case: Case, choice: int, logits: Tensor, draws: int, a: int, b: int) -> float:
+    """By how much the sum of logit and noise of token ``a`` exceeds that of ``b``.
+
+    Args:
+        case: the request.
+        choice: index of the answer.
+        logits: ``[V]`` processed.
+        draws: tokens that were sampled before.
+        a: a token.
+        b: another.
+    """
+    lead = float(logits[a] - logits[b])
+    if case.greedy:
+        return lead
+    seed = case.fields["seed"] + choice % case.fields.get("n", 1)
+    return lead + noise_lead(seed, draws, a, b, logits.numel())
 
 
 def penalized(logits: Tensor, fields: dict[str, Any], prompt: list[int], output: list[int]) -> Tensor:
