@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
 import socket
@@ -21,7 +22,7 @@ from openai import OpenAI
 from jakiro_vllm.environment import server_environment
 from jakiro_vllm.errors import JakiroError
 
-START_TIMEOUT_S = 240.0
+START_TIMEOUT_S = 480.0
 
 
 @dataclass
@@ -94,11 +95,12 @@ class Server:
         """Ends the server and its engine."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+        # A server that ended otherwise than asked, or was still starting, leaves its engine behind.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
 
 def start_server(target: Path, arguments: list[str], log: Path) -> Server:

@@ -25,10 +25,11 @@ ALLOWED = {
     "integration": {"cache", "config", "decode", "draft", "environment", "errors", "kernels", "transfer", "tree"},
     "server": {"environment", "errors"},
     "demo": {"draft", "server"},
+    "storm": {"draft", "errors", "server"},
     "cli": {"config", "demo", "draft", "environment", "errors", "training"},
 }
 #: Who may import vLLM. Training uses its public door only.
-VLLM_ROOMS = {"integration", "cli", "demo", "server"}
+VLLM_ROOMS = {"integration", "cli", "demo", "server", "storm"}
 PUBLIC_VLLM = {"training": {"vllm.LLM", "vllm.SamplingParams"}}
 
 

@@ -7,6 +7,7 @@ embedding). A disagreement is an error that names both sides.
 from __future__ import annotations
 
 import json
+import math
 import pickle
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
-from jakiro_vllm.draft.head import DraftHead, HeadSpec, Variant
+from jakiro_vllm.draft.head import DraftHead, HeadSpec, Variant, tabulate_rotary
 from jakiro_vllm.errors import HeadCheckpointError
 from jakiro_vllm.kernels.experts import EXPERTS_PER_TOKEN
 
@@ -138,15 +139,11 @@ def infer_spec(config: dict, tensors: dict[str, Tensor], source: str | Path) -> 
             "this is not a draft head"
         )
 
-    num_heads = config.get("num_attention_heads")
-    if not isinstance(num_heads, int) or num_heads < 1:
-        raise HeadCheckpointError(
-            f"{source}: 'num_attention_heads' in config.json must be a positive integer, got {num_heads!r}"
-        )
-    head_dim = config.get("head_dim") or q_rows // num_heads
+    num_heads = _count(config, "num_attention_heads", None, source)
+    head_dim = _count(config, "head_dim", q_rows // num_heads, source)
     for what, rows, heads in (
         ("q_proj", q_rows, num_heads),
-        ("k_proj", kv_rows, config.get("num_key_value_heads") or num_heads),
+        ("k_proj", kv_rows, _count(config, "num_key_value_heads", num_heads, source)),
     ):
         if rows != heads * head_dim:
             raise HeadCheckpointError(
@@ -156,10 +153,10 @@ def infer_spec(config: dict, tensors: dict[str, Tensor], source: str | Path) -> 
     for key, found in (("hidden_size", hidden), ("num_local_experts", num_experts)):
         said = config.get(key)
         if said is not None and said != found and not (variant is Variant.DENSE and key == "num_local_experts"):
-            raise HeadCheckpointError(f"{source}: config.json says {key} {said}, the tensors say {found}")
+            raise HeadCheckpointError(f"{source}: config.json says {key} {_shown(said)}, the tensors say {found}")
     if config.get("num_hidden_layers", 1) != 1:
         raise HeadCheckpointError(
-            f"{source}: a draft head has one layer, config.json says {config['num_hidden_layers']}; "
+            f"{source}: a draft head has one layer, config.json says {_shown(config['num_hidden_layers'])}; "
             "is this a whole model?"
         )
     spec = HeadSpec(
@@ -171,17 +168,54 @@ def infer_spec(config: dict, tensors: dict[str, Tensor], source: str | Path) -> 
         intermediate_size=intermediate,
         num_experts=num_experts,
         fc_bias="fc.bias" in tensors,
-        rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-        rope=_rope_config(config, head_dim),
+        rms_norm_eps=_epsilon(config, source),
+        rope=_rope_config(config, head_dim, source),
     )
     _check_complete(spec, tensors, source)
     return spec
 
 
-def _rope_config(config: dict, head_dim: int) -> LlamaConfig:
+def _count(config: dict, key: str, default: int | None, source: str | Path) -> int:
+    """A positive integer of config.json."""
+    value = default if config.get(key) is None else config[key]
+    if type(value) is not int or value < 1:
+        raise HeadCheckpointError(f"{source}: {key!r} in config.json must be a positive integer, got {_shown(value)}")
+    return value
+
+
+def _epsilon(config: dict, source: str | Path) -> float:
+    value = 1e-6 if config.get("rms_norm_eps") is None else config["rms_norm_eps"]
+    if type(value) not in (int, float) or not 0 <= value < math.inf:
+        raise HeadCheckpointError(
+            f"{source}: 'rms_norm_eps' in config.json must be a number that is not negative, got {_shown(value)}"
+        )
+    return float(value)
+
+
+def _shown(value: object) -> str:
+    """A value from a file, short enough for a message."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def _rope_config(config: dict, head_dim: int, source: str | Path) -> LlamaConfig:
+    """The rotary embedding, tried once: what it needs is known to transformers only."""
     keys = ("rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings", "hidden_size")
     kept = {k: config[k] for k in keys if config.get(k) is not None}
-    return LlamaConfig(num_attention_heads=config["num_attention_heads"], head_dim=head_dim, **kept)
+    try:
+        rope = LlamaConfig(num_attention_heads=config["num_attention_heads"], head_dim=head_dim, **kept)
+        usable = bool(tabulate_rotary(rope, torch.arange(4)).isfinite().all())
+        reason = "it is not finite"
+    except Exception as error:  # nonsense surfaces as almost anything
+        usable, reason = False, _reason(error)
+    if not usable:
+        raise HeadCheckpointError(f"{source}: the rotary embedding of config.json cannot be used ({reason})")
+    return rope
+
+
+def _reason(error: Exception) -> str:
+    """An exception in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(": ")
 
 
 def _expert_names(spec: HeadSpec) -> list[tuple[list[str], str]]:
@@ -284,7 +318,7 @@ def _read_config(folder: Path) -> dict:
         raise HeadCheckpointError(f"{folder}: config.json is missing")
     try:
         config = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # undecodable, not JSON, numbers too long, nested too deep
         raise HeadCheckpointError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise HeadCheckpointError(f"{path} must hold an object, got {type(config).__name__}")

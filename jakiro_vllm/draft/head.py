@@ -146,6 +146,14 @@ class HeadOutput:
         return own.unflatten(0, shape), self.routing.weights.log().unflatten(0, shape)
 
 
+def tabulate_rotary(rope: LlamaConfig, positions: Tensor) -> Tensor:
+    """``[P, D] float32`` cosines and sines of ``[P] int64`` positions."""
+    rotary = LlamaRotaryEmbedding(rope).to(positions.device)
+    cos, sin = rotary(torch.zeros(1, dtype=torch.float32, device=positions.device), positions.unsqueeze(0))
+    half = cos.shape[-1] // 2
+    return torch.cat([cos[0, :, :half], sin[0, :, :half]], dim=-1)
+
+
 class DraftHead(nn.Module):
     """Fuses token and feature, attends, and runs the experts.
 
@@ -168,12 +176,7 @@ class DraftHead(nn.Module):
 
     def prepare_positions(self, max_position: int) -> None:
         """Tabulates the rotary embedding for positions below ``max_position``."""
-        device = self.fc.weight.device
-        positions = torch.arange(max_position, device=device).unsqueeze(0)
-        rotary = LlamaRotaryEmbedding(self.spec.rope).to(device)
-        cos, sin = rotary(torch.zeros(1, dtype=torch.float32, device=device), positions)
-        half = self.spec.head_dim // 2
-        self.rotary_table = torch.cat([cos[0, :, :half], sin[0, :, :half]], dim=-1)  # [P, D]
+        self.rotary_table = tabulate_rotary(self.spec.rope, torch.arange(max_position, device=self.fc.weight.device))
 
     def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """Applies the rotary embedding to ``[..., heads, D]`` at ``[...]`` positions."""

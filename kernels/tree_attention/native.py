@@ -3,6 +3,8 @@
 The library is built on the machine that runs it, for that machine's instruction set, once: it is kept in the
 user's cache under a name that changes with the source, the compiler, the flags and the processor. It needs a
 C++ compiler and nothing else, no headers of Python or torch; where there is none, ``cpu_kernel`` does the work.
+
+The name can be guessed, so a library is loaded only from where nobody else could have put it.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -104,10 +107,13 @@ def build(compiler: str) -> Path:
     key = hashlib.sha256()
     for part in (SOURCE.read_bytes(), os.path.realpath(compiler).encode(), " ".join(FLAGS).encode(), _processor()):
         key.update(hashlib.sha256(part).digest())
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jakiro_vllm"
-    built = folder / f"tree_attention-{key.hexdigest()[:16]}.so"
-    if not built.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+    name = f"tree_attention-{key.hexdigest()[:16]}.so"
+    folder = _cache_folder()
+    if folder is None:
+        # Removed when the process ends; meanwhile it is the process's own.
+        folder = Path(_process_folder().name)
+    built = folder / name
+    if not _is_private_file(built):
         with tempfile.TemporaryDirectory(dir=folder) as work:
             compiled, linked = Path(work, "native.o"), Path(work, "native.so")
             # Linked without -fopenmp: the OpenMP runtime must be the one that torch has loaded, whose threads
@@ -117,8 +123,64 @@ def build(compiler: str) -> Path:
                 [compiler, "-shared", "-o", linked, compiled],
             ):
                 subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
+            linked.chmod(0o700)
             os.replace(linked, built)  # whole or not at all, whoever else is at it
     return built
+
+
+def _cache_folder() -> Path | None:
+    """The user's cache, made if need be and closed to others; None if others could write there all the same.
+
+    Raises:
+        OSError: if it cannot be made.
+    """
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "")
+    if not base.is_absolute():  # the XDG specification has relative paths ignored
+        try:
+            base = Path.home() / ".cache"
+        except RuntimeError:
+            return None
+    folder = base / "jakiro_vllm"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder = folder.resolve()
+    if folder.stat().st_uid == os.geteuid():
+        folder.chmod(0o700)  # an earlier version, or a lenient umask, may have left it open
+    open_to_others = next(filter(_open_to_others, (folder, *folder.parents)), None)
+    if open_to_others is None:
+        return folder
+    logger.warning(
+        "The tree attention kernel is built for this process only, because another user could write into its cache: "
+        "%s; close that folder, or point XDG_CACHE_HOME elsewhere",
+        open_to_others,
+    )
+    return None
+
+
+def _open_to_others(folder: Path) -> bool:
+    """Whether a user other than this one and root could put something into a folder, or replace what is there."""
+    status = folder.stat()
+    if status.st_uid not in (0, os.geteuid()):
+        return True
+    return bool(status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)) and not status.st_mode & stat.S_ISVTX
+
+
+def _is_private_file(path: Path) -> bool:
+    """Whether this user alone can have written a file; no if there is none."""
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return False
+    return (
+        stat.S_ISREG(status.st_mode)
+        and status.st_uid == os.geteuid()
+        and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    )
+
+
+@functools.cache
+def _process_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder of this process, which only its user may enter."""
+    return tempfile.TemporaryDirectory(prefix="jakiro_vllm-")
 
 
 def _processor() -> bytes:

@@ -286,12 +286,63 @@ def test_folders_that_hold_no_head(tmp_path: Path, tiny_head_folder: Callable) -
         pytest.param(b'{"hidden_size": ', "not valid JSON", id="cut"),
         pytest.param(b"\xff\xfe\x00", "not valid JSON", id="binary"),
         pytest.param(b"[1, 2]", "must hold an object, got list", id="list"),
+        pytest.param(b'{"a":' * 100_000, "not valid JSON", id="deep"),
+        pytest.param(b'{"a": ' + b"1" * 5000 + b"}", "not valid JSON", id="long-number"),
     ],
 )
 def test_damaged_configs(content: bytes, words: str, tiny_head_folder: Callable) -> None:
     folder = tiny_head_folder("jakiro")
     (folder / "config.json").write_bytes(content)
     assert words in refused(folder)
+
+
+@pytest.mark.parametrize(
+    "value", [True, -1, 4.0, 0.5, 10**30, "4", [4], {"rope_type": "linear"}, float("nan")], ids=str
+)
+@pytest.mark.parametrize(
+    "key",
+    [
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "hidden_size",
+        "num_local_experts",
+        "num_hidden_layers",
+        "rms_norm_eps",
+        "rope_theta",
+        "rope_scaling",
+        "rope_parameters",
+        "max_position_embeddings",
+    ],
+)
+def test_nonsense_in_a_config_is_refused_or_does_no_harm(key: str, value: Any, tmp_path: Path) -> None:
+    config, tensors = published_head("jakiro")
+    folder = write_head(tmp_path / "head", {**config, key: value}, tensors, "safetensors")
+    try:
+        head = load_head(folder)
+    except HeadCheckpointError:
+        refused(folder)
+    else:
+        assert feature_of(head).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        pytest.param({"rope_type": "unheard-of"}, "unheard-of", id="unknown"),
+        pytest.param({"rope_type": "linear"}, "factor", id="incomplete"),
+        pytest.param({"rope_type": "linear", "factor": "a", "rope_theta": 1e4}, "str", id="text"),
+        pytest.param({"rope_type": "default", "rope_theta": -1.0}, "finite", id="negative"),
+        pytest.param({"rope_type": "default", "rope_theta": 0}, "finite", id="zero"),
+    ],
+)
+def test_rotary_settings_that_cannot_be_used(parameters: dict[str, Any], words: str, tmp_path: Path) -> None:
+    config, tensors = published_head("jakiro")
+    del config["rope_theta"]
+    folder = write_head(tmp_path / "head", {**config, "rope_parameters": parameters}, tensors, "safetensors")
+    message = refused(folder)
+    assert "rotary" in message
+    assert words in message
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.001, 0.3, 0.99])

@@ -1,0 +1,1 @@
+"""A seeded storm of requests against servers: behind benchmarks/storm.py and its test."""
