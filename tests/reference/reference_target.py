@@ -48,11 +48,11 @@ class State:
     """What processors need to know of the text so far.
 
     Attributes:
-        text: its tokens.
+        text: its tokens, those of earlier steps too.
         grammar: state of the automaton.
     """
 
-    text: tuple[int, ...] = ()
+    text: tuple[int, ...]
     grammar: int = 0
 
 
@@ -64,11 +64,12 @@ class Target:
         length: L.
         logits: after each context.
         prompt: tokens that count for the repetition penalty.
+        start: the state before every text, after as many tokens of earlier steps as ``history``.
         allowed: per state of the automaton, ``[states, V] bool``.
         follows: the next state, per state and token.
     """
 
-    def __init__(self, vocab: int, length: int, generator: torch.Generator) -> None:
+    def __init__(self, vocab: int, length: int, generator: torch.Generator, history: int = 0) -> None:
         def integers(high: int, *shape: int) -> Tensor:
             return torch.randint(high, shape, generator=generator)
 
@@ -78,6 +79,7 @@ class Target:
         drawn = 2 * torch.randn(len(self.contexts), vocab, generator=generator, dtype=torch.float64)
         self.logits = dict(zip(self.contexts, drawn, strict=True))
         self.prompt = set(integers(vocab, 2).tolist())
+        self.start = State(tuple(integers(vocab, history).tolist()))
         self.allowed = torch.rand(3, vocab, generator=generator) < 0.6
         self.allowed[torch.arange(3), integers(vocab, 3)] = True  # a grammar never ends in nothing
         self.follows = integers(3, 3, vocab).tolist()
@@ -99,7 +101,7 @@ class Target:
 
     def state_after(self, text: Sequence[int]) -> State:
         """The state after a text, from its beginning."""
-        state = State()
+        state = self.start
         for token in text:
             state = self.advance(state, token)
         return state

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from reference_target import Settings, State, Target, text_distribution
+from reference_target import Settings, Target, text_distribution
 from reference_tree import depths_of, make_batch, random_parents
 from torch import Tensor
 
@@ -56,11 +56,12 @@ class Case:
     def __post_init__(self) -> None:
         self.depths = depths_of(self.parents)
         #: Of each node, carried from parent to child as a walk does; what hangs under a placeholder is never reached.
-        self.states = [State()]
+        self.states = [self.target.start]
         for parent, token in zip(self.parents[1:], self.tokens[1:], strict=True):
             above = self.states[parent]
             self.states.append(self.target.advance(above, token) if token >= 0 else above)
-        self.logits = torch.stack([self.target.logits[state.text] for state in self.states])
+        before = len(self.target.start.text)
+        self.logits = torch.stack([self.target.logits[state.text[before:]] for state in self.states])
 
     def distributions(self, settings: Settings) -> Tensor:
         """``[N, V]`` what a sample at each node is drawn from."""
@@ -107,7 +108,7 @@ def all_cases() -> list[Case]:
     """Trees of every shape, each under a target of its own."""
     rng, generator = random.Random(3), torch.Generator().manual_seed(3)
     return [
-        Case(parents, filled(parents, vocab, rng), Target(vocab, depth + 1, generator))
+        Case(parents, filled(parents, vocab, rng), Target(vocab, depth + 1, generator, rng.randrange(3)))
         for vocab, depth in WORLDS
         for parents in shapes(vocab, depth, rng)
     ]
@@ -213,7 +214,7 @@ def test_a_step_is_distributed_as_the_target(penalties: str, grammar: bool) -> N
 
 POSITIONAL = {
     "bad words": {"bad_words": ((1,), (2, 2), (0, 0, 2))},
-    "min tokens": {"min_tokens": 2},
+    "min tokens": {"min_tokens": 3},
 }
 
 
@@ -304,7 +305,7 @@ def root_grammar(case: Case, settings: Settings) -> Tensor:
 
 def root_text(case: Case, settings: Settings) -> Tensor:
     """Penalties do not follow the ancestors: every node has the root's counts."""
-    states = [replace(state, text=()) for state in case.states]
+    states = [replace(state, text=case.states[0].text) for state in case.states]
     return case.target.processed(case.logits, states, settings)
 
 
@@ -363,7 +364,7 @@ def test_a_biased_rule_is_noticed(rule: Rule) -> None:
         (root_text, Settings(1.0, **PENALTIES["presence"])),
         (root_text, Settings(1.0, **PENALTIES["frequency"])),
         (root_text, Settings(1.0, bad_words=((2, 2),))),
-        (root_text, Settings(1.0, min_tokens=2)),
+        (root_text, Settings(1.0, min_tokens=3)),
         (raw_bonus, Settings(0.7, top_k=2)),
         (raw_bonus, Settings(1.0, **PENALTIES["all"])),
         (draft_scores, Settings(1.0)),
