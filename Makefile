@@ -25,10 +25,10 @@ export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format lock pair bench contract clean
+.PHONY: help setup demo test lint format lock pair bench contract compatibility clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.installed-jakiro ## Make the environment (.venv) and install everything into it
 
@@ -56,6 +56,9 @@ bench: setup ## Measure acceptance length on held-out prompts, into build/accept
 
 contract: setup ## Record what vLLM has of what we rely on; CONTRACT_ARGS="FOLDER VERSION" for an unpacked wheel
 	$(BIN)/python packaging/record_contract.py $(CONTRACT_ARGS)
+
+compatibility: setup ## Write docs/compatibility.md anew
+	$(BIN)/python packaging/compatibility.py
 
 clean: ## Remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info packaging/vllm/build packaging/vllm/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

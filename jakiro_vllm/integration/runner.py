@@ -25,6 +25,7 @@ from jakiro_vllm.decode.drafter import HeadCache, Roots, RoundInput
 from jakiro_vllm.decode.store import TreeStore
 from jakiro_vllm.integration.layers import check_layers
 from jakiro_vllm.integration.proposer import HEAD_LAYER, JakiroProposer
+from jakiro_vllm.integration.sampling import processors_after
 from jakiro_vllm.integration.scheduler import DraftTrees
 from jakiro_vllm.transfer import upload
 from jakiro_vllm.tree.batch import TreeBatch, row_topology
@@ -217,7 +218,7 @@ class JakiroRunnerMixin:
         """Sampling metadata for the next token of the walk, as plain decoding would have it there.
 
         Only active requests may advance their generators, and a prompt chunk's sample is discarded, so it
-        draws nothing. Penalties and bad words see the tokens emitted on the way.
+        draws nothing. Penalties, bad words and minimum lengths see the tokens emitted on the way.
         """
         discarded = self.discard_request_mask.np  # type: ignore[attr-defined]
         live = active.tolist()
@@ -232,6 +233,7 @@ class JakiroRunnerMixin:
             metadata,
             generators=generators,
             output_token_ids=outputs,
+            logitsprocs=processors_after(metadata.logitsprocs, len(emitted)),
             spec_token_ids=None,
             thinking_budget_state_holder=None,  # a request with a budget has no drafts
         )
@@ -285,7 +287,6 @@ class JakiroRunnerMixin:
         return (
             params is not None
             and params.thinking_token_budget is None  # the budget's state does not follow a path yet
-            and produced >= params.min_tokens  # whose ban ends at a position, not at a node
             and (params.max_tokens is None or params.max_tokens - produced > 1)
         )
 

@@ -1,4 +1,4 @@
-"""Sampling all rows of a step at once, so that the walk needs no host between its levels.
+"""Sampling along a path: what processors must know there, and all rows of a step at once, without a host in between.
 
 A request's randomness belongs to output positions: the token at depth d comes from the d-th draw after those
 already used, whatever node it is sampled at. So all nodes of a depth share one draw, and a generator ends up having
@@ -8,12 +8,13 @@ drawn exactly once per emitted token, as in plain decoding.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.v1.sample.logits_processor import LogitsProcessors
+from vllm.v1.sample.logits_processor import LogitsProcessors, MinTokensLogitsProcessor
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import (
     apply_top_k_top_p,
@@ -46,6 +47,24 @@ def _idle(processor: Any) -> bool:
         if hasattr(processor, name):
             return not getattr(processor, name)
     return False
+
+
+def processors_after(processors: LogitsProcessors, emitted: int) -> LogitsProcessors:
+    """Logits processors for the token after ``emitted`` others of the same step.
+
+    A minimum length ends at an output position, and vLLM's processor knows only of tokens of earlier steps. So it gets
+    a minimum that is closer by what was emitted since, and drops the requests that have reached it.
+    """
+    return LogitsProcessors(_closer(p, emitted) for p in processors.all)
+
+
+def _closer(processor: Any, emitted: int) -> Any:
+    if not isinstance(processor, MinTokensLogitsProcessor) or not processor.min_toks:
+        return processor
+    closer = copy(processor)
+    closer.min_toks = {i: (least - emitted, *rest) for i, (least, *rest) in processor.min_toks.items()}
+    closer.update_state(None)
+    return closer
 
 
 def random_sampling(requests: int, logits: Tensor) -> SamplingMetadata:

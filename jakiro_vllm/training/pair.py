@@ -8,6 +8,7 @@ interruption and is skipped once complete.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import shutil
 import time
@@ -151,10 +152,19 @@ def publish(work: Path, output: Path) -> None:
         for file in sorted((work / name).iterdir()):
             if file.suffix in _SUFFIXES:
                 shutil.copyfile(file, partial / file.name)
+        if name == "head":
+            _forget_folders(partial / "training.json")
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
     size = sum(file.stat().st_size for name in ("target", "head") for file in (output / name).iterdir())
     logger.info("published to %s, %.1f MiB", output, size / 2**20)
+
+
+def _forget_folders(record: Path) -> None:
+    """Takes the machine's folders out of what is published."""
+    facts = json.loads(record.read_text())
+    facts["settings"]["target"] = "the embedded target"
+    record.write_text(json.dumps(facts, indent=2) + "\n")
 
 
 def make_pair(work: Path, output: Path, recipe: PairRecipe = PairRecipe()) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 import sysconfig
@@ -15,6 +16,7 @@ from transformers import AutoTokenizer
 
 from jakiro_vllm.draft.registry import EMBEDDED_HEAD, EMBEDDED_TARGET
 from jakiro_vllm.environment import server_environment
+from jakiro_vllm.training.corpus import python_sources, top_level_blocks
 
 SESSION = Path(__file__).with_name("engine_session.py")
 
@@ -101,3 +103,11 @@ def source_tokens(tokenizer: Any) -> list[int]:
     library = Path(sysconfig.get_paths()["stdlib"])
     text = "".join((library / name).read_text(encoding="utf-8") for name in ("argparse.py", "shlex.py", "heapq.py"))
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+@pytest.fixture(scope="session")
+def definitions(tokenizer: Any) -> list[list[int]]:
+    """First halves of short definitions; the embedded target ends some of them by its end-of-text token."""
+    blocks = [b for d in python_sources()[:400] if not d.held_out for b in top_level_blocks(d.text) if len(b) < 900]
+    chosen = random.Random(1).sample(blocks, 36)
+    return [tokenizer(block[: len(block) // 2], add_special_tokens=False)["input_ids"] for block in chosen]

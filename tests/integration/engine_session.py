@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,8 @@ from oracle import SHAPES, Oracle
 NATIVE_SAMPLER = False
 #: Called with each phase before it runs.
 BEFORE_PHASE: Callable[[dict[str, Any]], None] | None = None
+#: What a runner calls a request, or one of its samples.
+RUNNER_NAME = re.compile(r"(\d+_)?(?P<name>.+)-[0-9a-f]{8}")
 
 
 def runner_of(llm: LLM) -> Any:
@@ -84,10 +88,16 @@ class Acceptance:
     def __init__(self, runner: Any) -> None:
         self.drafts = self.accepted = self.moved = self.mixed = self.steps = self.resumed = 0
         self.by_depth: dict[int, int] = {}
+        #: Verified so far, by request.
+        self.trees: Counter[str] = Counter()
         original, update = runner._compact, runner._update_states
 
         def compact(step: Any) -> None:
             counts = step.accepted.num_accepted[step.has_tree]
+            # vLLM pads some steps with drafts of -1.
+            proposed = step.has_tree & (step.trees.tokens[:, 1:] >= 0).any(dim=1)
+            names = [name for name, tree in zip(runner.input_batch.req_ids, proposed, strict=True) if tree]
+            self.trees.update(RUNNER_NAME.fullmatch(name)["name"] for name in names)
             self.steps += 1
             self.drafts += counts.numel()
             self.accepted += int(counts.sum())
@@ -105,19 +115,17 @@ class Acceptance:
 
     def take(self) -> dict[str, Any]:
         """Returns and resets the counts."""
-        taken = {k: v for k, v in vars(self).items() if k != "by_depth"} | {"by_depth": self.by_depth}
+        taken = {k: v for k, v in vars(self).items() if k != "trees"}
         self.drafts = self.accepted = self.moved = self.mixed = self.steps = self.resumed = 0
         self.by_depth = {}
         return taken
 
 
 def sampling_params(settings: dict[str, Any]) -> SamplingParams:
-    """From JSON; ``structured`` asks for structured output."""
+    """From JSON; ``structured_outputs`` are keywords."""
     settings = dict(settings)
-    structured = settings.pop("structured", None)
-    return SamplingParams(
-        **settings, structured_outputs=None if structured is None else StructuredOutputsParams(**structured)
-    )
+    structured = settings.pop("structured_outputs", None)
+    return SamplingParams(**settings, structured_outputs=structured and StructuredOutputsParams(**structured))
 
 
 def lora_request(folder: str | None) -> LoRARequest | None:
@@ -139,6 +147,7 @@ def generate(llm: LLM, phase: dict[str, Any]) -> list[dict[str, Any]]:
             logprobs = [{str(t): lp.logprob for t, lp in position.items()} for position in first.logprobs]
         found.append(
             {
+                "name": answer.request_id,
                 "tokens": list(first.token_ids),
                 "samples": [list(o.token_ids) for o in answer.outputs],
                 "text": first.text,
@@ -273,6 +282,8 @@ def run_phases(engine: dict[str, Any], phases: list[dict[str, Any]], response: l
             answers[-1]["spec_decode"] = speculation(llm)
         if acceptance is not None:
             answers[-1]["acceptance"] = acceptance.take()
+            for request in answers[-1].get("requests", ()):
+                request["trees"] = acceptance.trees[request["name"]]
     if acceptance is not None:
         answers.append({"live_trees": len(runner.tree_store)})
 

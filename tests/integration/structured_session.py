@@ -1,7 +1,8 @@
 """Runs engines as ``engine_session`` does, and notes the trees of structured requests: ``... REQUEST RESPONSE``.
 
-A phase's first answer gets ``trees``: for each step and structured request what it had written before, its draft
-tokens, their parents, and how many were accepted. The sabotage ``grammar`` leaves all rows but a tree's root unmasked.
+A phase's first answer gets ``structured_trees``: for each step and structured request what it had written before, its
+draft tokens, their parents, and how many were accepted. With ``unmask``, a phase's rows but a tree's root stay
+unmasked.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def generate(llm: Any, phase: dict[str, Any]) -> Any:
     """As ``engine_session.generate``, with the phase's trees behind the answers."""
     TREES.clear()
     found = GENERATE(llm, phase)
-    found[0]["trees"] = list(TREES)
+    found[0]["structured_trees"] = list(TREES)
     return found
 
 

@@ -263,6 +263,7 @@ def test_families_that_cannot_work_yet(tmp_path: Path, family: str) -> None:
         ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"tensor_parallel_size": 2}, "tensor parallelism"),
         ({"kv_cache_dtype": "fp8"}, "KV cache dtype 'fp8'"),
+        ({"kv_offloading_size": 1.0}, "KV connectors"),
         ({"worker_cls": "some.other.Worker"}, "brings its own worker"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

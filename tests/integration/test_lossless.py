@@ -8,24 +8,14 @@ from typing import Any
 
 import pytest
 
-from jakiro_vllm.training.corpus import python_sources, top_level_blocks
-
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 GREEDY = {"temperature": 0.0}
 SAMPLED = {"temperature": 0.8, "top_p": 0.9, "top_k": 50}
 NUM_PROMPTS = 36
-NUM_DEFINITIONS = 36
 CONTROL_PROMPTS = 16
 
 Requests = list[dict[str, Any]]
-
-
-def unfinished_definitions(tokenizer: Any, count: int) -> list[list[int]]:
-    """First halves of short definitions; the embedded target ends some of them by its end-of-text token."""
-    blocks = [b for d in python_sources()[:400] if not d.held_out for b in top_level_blocks(d.text) if len(b) < 900]
-    chosen = random.Random(1).sample(blocks, count)
-    return [tokenizer(block[: len(block) // 2], add_special_tokens=False)["input_ids"] for block in chosen]
 
 
 def first_round(source: list[int], definitions: list[list[int]], sampling: dict[str, Any]) -> Requests:
@@ -71,10 +61,12 @@ def second_round(first: Requests, answers: Requests, source: list[int]) -> Reque
 
 @pytest.fixture(scope="module")
 def workload(
-    run_engine: Callable[..., Any], plain_engine: dict[str, Any], source_tokens: list[int], tokenizer: Any
+    run_engine: Callable[..., Any],
+    plain_engine: dict[str, Any],
+    source_tokens: list[int],
+    definitions: list[list[int]],
 ) -> dict[str, dict[str, Requests]]:
     """Both rounds and plain vLLM's answers, greedy and seeded."""
-    definitions = unfinished_definitions(tokenizer, NUM_DEFINITIONS)
     rounds = {
         name: first_round(source_tokens, definitions, sampling)
         for name, sampling in (("greedy", GREEDY), ("seeded", SAMPLED))

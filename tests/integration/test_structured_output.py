@@ -40,7 +40,7 @@ def workload(source: list[int], sampling: str) -> list[dict[str, Any]]:
     """Every kind four times, each beside a request that is free."""
     requests = []
     for i, structured in enumerate([*KINDS.values()] * 4):
-        for own in ({"structured": structured}, {}):
+        for own in ({"structured_outputs": structured}, {}):
             start = 170 * i
             seed = {"seed": 50 + i} if sampling == "seeded" else {}
             settings = SAMPLINGS[sampling] | seed | {"max_tokens": 48} | own
@@ -94,7 +94,7 @@ def test_free_requests_beside_them(answers: dict[tuple[str, str], Any], sampling
 @pytest.mark.slow
 def test_trees_were_really_used(answers: dict[tuple[str, str], Any]) -> None:
     for sampling in SAMPLINGS:
-        trees = answers["jakiro", sampling][0]["trees"]
+        trees = answers["jakiro", sampling][0]["structured_trees"]
         branching = [tree for tree in trees if len(set(tree["parents"])) < len(tree["parents"])]
         assert len(branching) > 30
         assert sum(tree["accepted"] for tree in trees) > 30, "nothing was accepted: the test proves little"
@@ -109,7 +109,7 @@ def test_no_node_is_forbidden(answers: dict[tuple[str, str], Any], tokenizer: An
     for sampling in SAMPLINGS:
         found = answers["jakiro", sampling]
         ours = [a["tokens"] for a in found[0 :: 2 * len(KINDS)]]
-        for tree in found[0]["trees"]:
+        for tree in found[0]["structured_trees"]:
             if not any(tokens[: len(tree["written"])] == tree["written"] for tokens in ours) or not tree["written"]:
                 continue
             for node, token in enumerate(tree["drafts"]):
