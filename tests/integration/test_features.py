@@ -114,7 +114,9 @@ FEATURES: dict[str, Feature] = {
         {"thinking_token_budget": 6}, lambda answer, _: ANSWER in answer["text"], trees=False, prompts="thinking"
     ),
     "structured_regex": structured(lambda answer, _: answer["text"].endswith(")"), regex=r"[a-z]{3,8}\([0-9]{2}\)"),
-    "structured_choice": structured(lambda a, _: a["text"] in ("yes", "perhaps"), choice=["yes", "perhaps"]),
+    "structured_choice": structured(
+        lambda a, _: a["text"].startswith("return "), choice=["return self.items", "return None"]
+    ),
     "structured_json": structured(lambda answer, _: "count" in (parsed(answer) or ()), json=SCHEMA),
     "structured_json_object": structured(lambda answer, _: answer["text"].lstrip().startswith("{"), json_object=True),
     "structured_grammar": structured(
