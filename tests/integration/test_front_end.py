@@ -261,7 +261,6 @@ def test_families_that_cannot_work_yet(tmp_path: Path, family: str) -> None:
     ("arguments", "message"),
     [
         ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
-        ({"tensor_parallel_size": 2}, "tensor parallelism"),
         ({"kv_cache_dtype": "fp8"}, "KV cache dtype 'fp8'"),
         ({"enable_lora": True}, "LoRA"),
         ({"worker_cls": "some.other.Worker"}, "brings its own worker"),
@@ -271,6 +270,16 @@ def test_families_that_cannot_work_yet(tmp_path: Path, family: str) -> None:
 def test_modes_that_cannot_work_yet(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(JakiroError, match=message):
         configure(**arguments, speculative_config={"method": "jakiro", "model": str(EMBEDDED_HEAD)})
+
+
+def test_tensor_parallelism_shares_out_the_heads() -> None:
+    """The embedded pair has four attention heads; with four ranks, its two KV heads are held twice."""
+    speculative = {"method": "jakiro", "model": str(EMBEDDED_HEAD)}
+    for size in (2, 4):
+        config = configure(tensor_parallel_size=size, speculative_config=speculative)
+        assert config.parallel_config.worker_cls == front_end.WORKERS["cpu"]
+    with pytest.raises(JakiroError, match=r"4 attention heads, which 3 .* use --tensor-parallel-size 2"):
+        configure(tensor_parallel_size=3, speculative_config=speculative)
 
 
 def test_unsupported_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
