@@ -304,7 +304,15 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
                 "integration/test_lora.py::test_a_wrong_mask_is_noticed",
             ),
         ),
-        Row("tensor parallelism (mp, ray)", "refused", "Not yet.", _mode("tensor_parallel_size")),
+        Row(
+            "tensor parallelism (mp, ray)",
+            "trees",
+            "Two ranks on a CPU, compared with plain vLLM on two.",
+            tuple(
+                f"integration/test_tensor_parallel.py::{name}"
+                for name in ("test_same_tokens_as_plain", "test_a_missing_mask_is_noticed", "test_ray_executor")
+            ),
+        ),
         Row("pipeline parallelism", "refused", "Not yet.", _mode("pipeline_parallel_size")),
     ),
 }

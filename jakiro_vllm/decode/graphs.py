@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -58,15 +59,20 @@ class Recorder(Protocol):
 class CUDARecorder:
     """CUDA graphs that share one memory pool, since they never run at the same time."""
 
-    def __init__(self) -> None:
-        """Makes the pool."""
+    def __init__(self, around: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
+        """Makes the pool.
+
+        Args:
+            around: makes the context of each recording, where several ranks record the same graph.
+        """
         self.pool = torch.cuda.graph_pool_handle()
+        self.around = around
 
     def __call__(self, function: Callable[[], TreeBatch]) -> tuple[Callable[[], None], TreeBatch]:
         """See ``Recorder``."""
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with self.around(), torch.cuda.graph(graph, pool=self.pool):
             trees = function()
         return graph.replay, trees
 

@@ -23,6 +23,8 @@ from jakiro_vllm.kernels.experts import HALVES, Routing, activate, combine, rout
 
 #: ``attend(query [T, H, D]) -> [T, H, D]``; whoever calls the head knows where keys and values live.
 Attend = Callable[[Tensor], Tensor]
+#: Adds up a tensor of all ranks, each of which has other attention heads; may overwrite its argument.
+SumOverRanks = Callable[[Tensor], Tensor]
 
 
 class Variant(StrEnum):
@@ -161,9 +163,16 @@ class DraftHead(nn.Module):
     neither an input norm nor a final one. Embedding and LM head are the target's and are not held here.
     """
 
-    def __init__(self, spec: HeadSpec) -> None:
+    def __init__(self, spec: HeadSpec, sum_over_ranks: SumOverRanks | None = None) -> None:
+        """Builds a head with random weights.
+
+        Args:
+            spec: its sizes; of a part of a head, that part's.
+            sum_over_ranks: for a part of a head, see ``shard``.
+        """
         super().__init__()
         self.spec = spec
+        self.sum_over_ranks = sum_over_ranks
         q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         self.fc = nn.Linear(2 * spec.hidden_size, spec.hidden_size, bias=spec.fc_bias)
         self.q_proj = nn.Linear(spec.hidden_size, q_size, bias=False)
@@ -206,7 +215,10 @@ class DraftHead(nn.Module):
             contrastive: whether the output's contrastive feature will be asked for.
         """
         q = self.q_proj(x).unflatten(-1, (self.spec.num_heads, self.spec.head_dim))
-        residual = x + self.o_proj(attend(self._rotate(q, positions)).flatten(-2))
+        attended = self.o_proj(attend(self._rotate(q, positions)).flatten(-2))
+        if self.sum_over_ranks is not None:
+            attended = self.sum_over_ranks(attended)
+        residual = x + attended
         spec, experts = self.spec, self.experts
         routing = self.route(residual.flatten(0, -2))
         activations = activate(routing.normed, experts.up.weight, routing, spec.num_experts, experts.activation)

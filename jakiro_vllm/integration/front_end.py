@@ -13,6 +13,7 @@ from jakiro_vllm.decode.graphs import BATCH_SIZES
 from jakiro_vllm.draft.checkpoint import read_spec
 from jakiro_vllm.draft.fit import TargetSizes, check_fit
 from jakiro_vllm.draft.registry import locate_head
+from jakiro_vllm.draft.shard import check_shards
 from jakiro_vllm.errors import JakiroConfigError, JakiroError
 from jakiro_vllm.integration.contract import check_installed
 from jakiro_vllm.integration.version import check_vllm_version
@@ -94,8 +95,9 @@ def _select(args: EngineArgs, target: ModelConfig, parallel: ParallelConfig) -> 
     worker = choose_worker()
     check_target(args, target, parallel, worker)
     folder = locate_head(name, target.model, args.download_dir)
+    spec = read_spec(folder)
     check_fit(
-        read_spec(folder),
+        spec,
         str(folder),
         TargetSizes(
             name=target.model,
@@ -104,7 +106,7 @@ def _select(args: EngineArgs, target: ModelConfig, parallel: ParallelConfig) -> 
             head_dim=target.get_head_size(),
         ),
     )
-
+    check_shards(spec, str(folder), parallel.tensor_parallel_size)
     if parallel.worker_cls not in ("auto", worker):
         raise JakiroConfigError(f"method 'jakiro' brings its own worker, got --worker-cls {parallel.worker_cls}")
     if args.scheduler_cls not in (None, SCHEDULER):
@@ -203,7 +205,6 @@ def check_target(args: EngineArgs, target: ModelConfig, parallel: ParallelConfig
         (target.is_multimodal_model or target.uses_mrope, f"{name} takes images, audio or video"),
         (target.enable_prompt_embeds, "prompt embeddings give a head no tokens to read"),
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism is not supported with trees yet"),
-        (parallel.tensor_parallel_size > 1, "tensor parallelism is not supported with trees yet"),
         (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
             "context parallelism is not supported with trees yet",

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.config import CUDAGraphMode
+from vllm.distributed.parallel_state import graph_capture
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -21,7 +22,7 @@ from jakiro_vllm.decode.graphs import BATCH_SIZES, CUDARecorder, DraftGraphs, Dr
 from jakiro_vllm.integration.gpu_attention import TreeTritonAttentionBackend
 from jakiro_vllm.integration.head_cache import GPUHeadCache, NoPages
 from jakiro_vllm.integration.proposer import HEAD_LAYER
-from jakiro_vllm.integration.runner import JakiroRunnerMixin, Step
+from jakiro_vllm.integration.runner import JakiroRunnerMixin, Step, first_ranks
 from jakiro_vllm.integration.sampling import Draws, independent_of_path, random_sampling, sample_rows
 from jakiro_vllm.kernels.batch_attention import BatchRows
 from jakiro_vllm.kernels.compaction import LayerPages, compact
@@ -192,7 +193,8 @@ class GPUTreesMixin(JakiroRunnerMixin):
         """As vLLM's; then the largest verification and draft, whose memory must not go to the KV cache."""
         super().profile_run(*args, **kwargs)  # type: ignore[misc]
         self._profile_verification()
-        self._draft_without_pages(self.max_num_reqs)  # type: ignore[attr-defined]
+        # Ranks connect for their first broadcast, which takes memory too.
+        first_ranks(self._draft_without_pages(self.max_num_reqs))  # type: ignore[attr-defined]
         self._sync_device()  # type: ignore[attr-defined]
 
     @torch.inference_mode()
@@ -230,7 +232,7 @@ class GPUTreesMixin(JakiroRunnerMixin):
         sizes = self._draft_sizes()
         torch.accelerator.synchronize()
         before = torch.accelerator.get_memory_info()[0]
-        recorded = CUDARecorder()(lambda: self._draft_without_pages(sizes[-1]))
+        recorded = self._recorder()(lambda: self._draft_without_pages(sizes[-1]))
         torch.accelerator.synchronize()
         first = before - torch.accelerator.get_memory_info()[0]
         del recorded
@@ -249,7 +251,7 @@ class GPUTreesMixin(JakiroRunnerMixin):
         if self.compilation_config.cudagraph_mode == CUDAGraphMode.NONE:
             return taken
         before = torch.accelerator.get_memory_info()[0]
-        self._record_drafts(CUDARecorder())
+        self._record_drafts(self._recorder())
         return taken + before - torch.accelerator.get_memory_info()[0]
 
     @torch.inference_mode()
@@ -286,6 +288,10 @@ class GPUTreesMixin(JakiroRunnerMixin):
                 dtype = self.vllm_config.model_config.dtype  # type: ignore[attr-defined]
                 query = torch.zeros(rows, impl.num_heads, impl.head_size, dtype=dtype, device=self.device)
                 impl.attend(layer, query, layer.kv_cache, seen, torch.empty_like(query))
+
+    def _recorder(self) -> CUDARecorder:
+        # vLLM's custom sum over the ranks exchanges the addresses that a graph will read, once it is recorded.
+        return CUDARecorder(lambda: graph_capture(self.device))
 
     @torch.inference_mode()
     def _record_drafts(self, record: Recorder) -> None:

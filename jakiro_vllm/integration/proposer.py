@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed.communication_op import tensor_model_parallel_all_reduce
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
 from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.model_executor.layers.attention import Attention
@@ -20,6 +22,7 @@ from jakiro_vllm.config import MAX_DEPTH, TreeConfig
 from jakiro_vllm.decode.drafter import TreeDrafter
 from jakiro_vllm.draft.candidates import LmHead
 from jakiro_vllm.draft.checkpoint import load_head
+from jakiro_vllm.draft.shard import shard_head
 from jakiro_vllm.errors import JakiroConfigError
 from jakiro_vllm.integration.front_end import ADDITIONAL_CONFIG_KEY
 
@@ -53,7 +56,11 @@ class JakiroProposer:
         config = self.vllm_config
         dtype = config.model_config.dtype
         device = torch.device(config.device_config.device_type)
-        head = load_head(self.folder, dtype).to(device)
+        head = load_head(self.folder, dtype)
+        ranks = get_tensor_model_parallel_world_size()
+        if ranks > 1:
+            head = shard_head(head, get_tensor_model_parallel_rank(), ranks, tensor_model_parallel_all_reduce)
+        head = head.to(device)
         head.prepare_positions(config.model_config.max_model_len + MAX_DEPTH + 1)
         spec = head.spec
         # vLLM builds the target's layers under its device, where their scales must lie too.
@@ -71,9 +78,10 @@ class JakiroProposer:
         self.drafter = TreeDrafter(head, self.tree_config, _embedding_of(target), _lm_head_of(target))
         parameters = sum(p.numel() for p in head.parameters())
         logger.info(
-            "Loaded a %s draft head with %.1fM parameters: trees of %d nodes, depth %d, from %d forwards",
+            "Loaded a %s draft head with %.1fM parameters%s: trees of %d nodes, depth %d, from %d forwards",
             spec.variant.value,
             parameters / 1e6,
+            " per rank" if ranks > 1 else "",
             self.tree_config.node_budget,
             self.tree_config.depth,
             self.drafter.num_forwards,

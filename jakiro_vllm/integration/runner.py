@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.outputs import DraftTokenIds, LogprobsTensors, SamplerOutput
 from vllm.v1.sample.metadata import SamplingMetadata
@@ -268,7 +269,7 @@ class JakiroRunnerMixin:
         x = drafter.observe(RoundInput(hidden_states[rows.sources], next_tokens, positions), cache)
         drafts: list[list[int]] = [[] for _ in names]
         if drafting:
-            trees = self._grow(Roots(x[last], next_tokens[last], positions[last]), cache)
+            trees = first_ranks(self._grow(Roots(x[last], next_tokens[last], positions[last]), cache))
             for i, tokens in zip(drafting, self.tree_store.put([names[i] for i in drafting], trees), strict=True):
                 drafts[i] = tokens
         return drafts
@@ -328,6 +329,25 @@ class JakiroRunnerMixin:
             yield
         finally:
             generators.update(aside)
+
+
+def first_ranks(trees: TreeBatch) -> TreeBatch:
+    """The trees of the first tensor-parallel rank, on every rank.
+
+    The scheduler knows the first rank's only, and a step's rows must be the same everywhere. The target's samples are,
+    as in vLLM, because every rank has all logits and the same generators. But trees also follow from what each rank
+    computes for itself, which another number of threads, another tuning of kernels, or another order in which
+    a sum is taken may round differently.
+    """
+    group = get_tp_group()
+    if group.world_size == 1:
+        return trees
+    width = trees.width
+    counts = trees.num_nodes.unsqueeze(1)
+    packed = torch.cat([trees.tokens, trees.parents, trees.depths, trees.ancestors, counts], dim=1)
+    group.broadcast(packed)
+    tokens, parents, depths, ancestors, counts = packed.split([width, width, width, width, 1], dim=1)
+    return TreeBatch(tokens, parents, depths, ancestors, counts.squeeze(1))
 
 
 def _join_logprobs(steps: list[LogprobsTensors | None]) -> LogprobsTensors | None:

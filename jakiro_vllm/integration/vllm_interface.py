@@ -67,6 +67,8 @@ _TABLES = "vllm.v1.worker.block_table"
 _KV = "vllm.v1.kv_cache_interface"
 _LAYERS = "vllm.model_executor.layers.attention"
 _LORA = "vllm.lora.layers"
+_RANKS = "vllm.distributed.parallel_state"
+_GROUP = f"{_RANKS}:GroupCoordinator"
 _LAYER_BASE = "vllm.model_executor.layers.attention_layer_base:AttentionLayerBase"
 _REGISTRY = "vllm.v1.attention.backends.registry"
 _SELECTOR = "vllm.v1.attention.selector"
@@ -260,6 +262,22 @@ ENTRIES: tuple[Entry, ...] = (
         (f"{_RUNNER}._prepare_inputs", REFERS, "set_active_loras"),
     ),
     *_needed_to(
+        "share out the head's attention among tensor-parallel ranks",
+        BOTH,
+        (f"{_RANKS}:get_tensor_model_parallel_world_size", CALLED, ""),
+        (f"{_RANKS}:get_tensor_model_parallel_rank", CALLED, ""),
+        ("vllm.distributed.communication_op:tensor_model_parallel_all_reduce", CALLED, "input_"),
+    ),
+    *_needed_to(
+        "verify the same trees on all tensor-parallel ranks",
+        BOTH,
+        (f"{_RANKS}:get_tp_group", CALLED, ""),
+        (f"{_GROUP}.__init__", STORES, "world_size"),
+        (f"{_GROUP}.broadcast", CALLED, "self input_"),
+        # Every rank samples, so each needs all logits and the same random numbers.
+        ("vllm.model_executor.layers.logits_processor:LogitsProcessor._gather_logits", REFERS, "use_all_gather"),
+    ),
+    *_needed_to(
         "keep the head's KV in vLLM's pages",
         BOTH,
         (
@@ -332,6 +350,7 @@ ENTRIES: tuple[Entry, ...] = (
         (f"{_RUNNER}._sync_device", CALLED, "self"),
         (f"{_RUNNER}.__init__", STORES, "max_num_tokens max_num_reqs"),
         ("vllm.config:CUDAGraphMode", ATTRIBUTES, "NONE"),
+        (f"{_RANKS}:graph_capture", CALLED, "device"),
         ("vllm.config:CompilationConfig", ATTRIBUTES, "cudagraph_mode"),
         (f"{_BATCH}:InputBatch.__init__", STORES, "block_table"),
         (f"{_TABLES}:MultiGroupBlockTable.__getitem__", CALLED, "self idx"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from jakiro_vllm.config import TreeConfig
 from jakiro_vllm.decode.drafter import Roots, TreeDrafter
-from jakiro_vllm.decode.graphs import DraftGraphs, DraftInput
+from jakiro_vllm.decode.graphs import CUDARecorder, DraftGraphs, DraftInput
 from jakiro_vllm.draft.head import DraftHead, HeadSpec
 from jakiro_vllm.tree.batch import TreeBatch
 
@@ -161,3 +163,24 @@ def test_replays_give_what_drafting_gives(make_drafter: Callable[..., TreeDrafte
             assert torch.equal(getattr(found, name), value), name
     assert recorder.replays == 6
     assert not graphs.fits(9)
+
+
+def test_each_recording_has_its_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks agree on addresses when the context ends, so it must hold the whole recording and nothing after it."""
+    events: list[str] = []
+
+    @contextmanager
+    def context(name: str, **_: Any) -> Iterator[None]:
+        events.append(f"begin {name}")
+        yield
+        events.append(f"end {name}")
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: events.append("replay")))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: context("recording"))
+    record = CUDARecorder(lambda: context("ranks"))
+    replay, trees = record(lambda: events.append("draft"))
+    assert trees is None
+    replay()
+    assert events == ["begin ranks", "begin recording", "draft", "end recording", "end ranks", "replay"]

@@ -261,7 +261,6 @@ def test_families_that_cannot_work_yet(tmp_path: Path, family: str) -> None:
     ("arguments", "message"),
     [
         ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
-        ({"tensor_parallel_size": 2}, "tensor parallelism"),
         ({"kv_cache_dtype": "fp8"}, "KV cache dtype 'fp8'"),
         ({"kv_offloading_size": 1.0}, "KV connectors"),
         ({"worker_cls": "some.other.Worker"}, "brings its own worker"),
@@ -280,6 +279,16 @@ def test_lora_is_for_the_cpu_platform(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(front_end, "choose_worker", lambda: front_end.WORKERS["cuda"])
     with pytest.raises(JakiroError, match=r"LoRA adapters with trees run on vLLM's CPU platform only"):
         configure(speculative_config=speculative, enable_lora=True, max_num_seqs=8)
+
+
+def test_tensor_parallelism_shares_out_the_heads() -> None:
+    """The embedded pair has four attention heads; with four ranks, its two KV heads are held twice."""
+    speculative = {"method": "jakiro", "model": str(EMBEDDED_HEAD)}
+    for size in (2, 4):
+        config = configure(tensor_parallel_size=size, speculative_config=speculative)
+        assert config.parallel_config.worker_cls == front_end.WORKERS["cpu"]
+    with pytest.raises(JakiroError, match=r"4 attention heads, which 3 .* use --tensor-parallel-size 2"):
+        configure(tensor_parallel_size=3, speculative_config=speculative)
 
 
 def test_unsupported_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
