@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -48,8 +49,13 @@ def test_publish_replaces_both_folders(tmp_path: Path) -> None:
         (tmp_path / "work" / name / "notes.partial").write_text("")
         (tmp_path / "out" / name).mkdir(parents=True)
         (tmp_path / "out" / name / "old.json").write_text("{}")
+    record = {"steps": 3, "settings": {"target": str(tmp_path / "work" / "target")}}
+    (tmp_path / "work" / "head" / "training.json").write_text(json.dumps(record))
     publish(tmp_path / "work", tmp_path / "out")
     assert sorted(p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.*")) == [
         "head/config.json",
+        "head/training.json",
         "target/config.json",
     ]
+    published = json.loads((tmp_path / "out" / "head" / "training.json").read_text())
+    assert published == {"steps": 3, "settings": {"target": "the embedded target"}}
