@@ -97,7 +97,9 @@ def cluster(engine: dict[str, Any]) -> Any:
     import ray
 
     name_gpus()
-    environment = {"worker_process_setup_hook": name_gpus, "env_vars": ONE_THREAD}
+    # What ranks import to run this file's functions; Ray passes on the folder of this file only.
+    variables = ONE_THREAD | {"PYTHONPATH": str(Path(__file__).parents[1] / "reference")}
+    environment = {"worker_process_setup_hook": name_gpus, "env_vars": variables}
     ray.init(
         num_cpus=2,
         num_gpus=2,
