@@ -12,8 +12,8 @@ import aiohttp
 
 from jakiro_vllm.storm.cases import Case
 
-#: Seconds that nothing in a storm takes; only so that a dead server ends it.
-PATIENCE = 600.0
+#: Seconds that nothing in a storm takes, on a busy machine either; only so that a server that hangs ends it.
+PATIENCE = 3600.0
 
 
 @dataclass
