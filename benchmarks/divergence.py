@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import argparse
 import csv
+import multiprocessing
 import os
 import statistics
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 from vllm import LLM, SamplingParams
-from vllm.distributed import cleanup_dist_env_and_memory
 
 from jakiro_vllm.draft.registry import EMBEDDED_HEAD, EMBEDDED_TARGET
 from jakiro_vllm.training.corpus import cut_prompts, encode_documents, python_sources
@@ -47,8 +49,21 @@ def sides(head: str, budget: int) -> dict[str, dict[str, Any]]:
     }
 
 
-def run(target: str, dtype: str, arguments: dict[str, Any], prompts: list[list[int]], max_tokens: int) -> list[Any]:
-    """Greedy completions of one engine, which is gone afterwards."""
+@dataclass(frozen=True)
+class Text:
+    """A completion.
+
+    Attributes:
+        tokens: of it.
+        logprobs: of the most probable tokens at each position; None where they were not asked for.
+    """
+
+    tokens: list[int]
+    logprobs: list[dict[int, float]] | None
+
+
+def run(target: str, dtype: str, arguments: dict[str, Any], prompts: list[list[int]], max_tokens: int) -> list[Text]:
+    """Greedy completions of one engine."""
     llm = LLM(
         model=target,
         dtype=dtype,
@@ -58,31 +73,36 @@ def run(target: str, dtype: str, arguments: dict[str, Any], prompts: list[list[i
     )
     logprobs = None if arguments else REPORTED
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, logprobs=logprobs)
-    outputs = [o.outputs[0] for o in llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)]
-    del llm
-    cleanup_dist_env_and_memory()
-    return outputs
+    found = [o.outputs[0] for o in llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)]
+    return [
+        Text(
+            list(output.token_ids),
+            output.logprobs and [{t: entry.logprob for t, entry in place.items()} for place in output.logprobs],
+        )
+        for output in found
+    ]
 
 
-def first_difference(plain: Any, other: Any) -> tuple[int, float | None] | None:
+def first_difference(plain: Text, other: Text) -> tuple[int, float | None] | None:
     """Position of the first difference, and the plain engine's margin between the two tokens there.
 
     Returns:
         None where all tokens are the same; a margin of None where the other's token was not among those reported.
     """
-    for position, (a, b) in enumerate(zip(plain.token_ids, other.token_ids, strict=True)):
+    for position, (a, b) in enumerate(zip(plain.tokens, other.tokens, strict=True)):
         if a != b:
+            assert plain.logprobs is not None
             reported = plain.logprobs[position]
-            return position, reported[a].logprob - reported[b].logprob if b in reported else None
+            return position, reported[a] - reported[b] if b in reported else None
     return None
 
 
-def usual_margins(plain: list[Any]) -> list[float]:
+def usual_margins(plain: list[Text]) -> list[float]:
     """Between the two most probable tokens, at every position."""
     found = []
     for output in plain:
-        for position in output.logprobs:
-            best, second = sorted((entry.logprob for entry in position.values()), reverse=True)[:2]
+        for position in output.logprobs or ():
+            best, second = sorted(position.values(), reverse=True)[:2]
             found.append(best - second)
     return found
 
@@ -104,10 +124,11 @@ def main() -> int:
     documents = [document.text for document in python_sources() if document.held_out]
     encoded = encode_documents(AutoTokenizer.from_pretrained(args.target), documents)
     prompts = [prompt.tolist() for prompt in cut_prompts(encoded, args.prompts, 32, 160)]
-    found = {
-        side: run(args.target, args.dtype, arguments, prompts, args.max_tokens)
-        for side, arguments in sides(args.head, args.budget).items()
-    }
+    found = {}
+    for side, arguments in sides(args.head, args.budget).items():
+        # A process each: vLLM does not start every kind of engine after another in one.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            found[side] = pool.submit(run, args.target, args.dtype, arguments, prompts, args.max_tokens).result()
     plain = found.pop("plain")
     rows: list[dict[str, Any]] = []
     usual = sorted(usual_margins(plain))
