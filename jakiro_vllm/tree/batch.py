@@ -43,9 +43,9 @@ class TreeBatch:
 
     def first(self, batch: int) -> TreeBatch:
         """The first ``batch`` trees, as views."""
+        tokens, parents, depths = self.tokens[:batch], self.parents[:batch], self.depths[:batch]
         scores = None if self.scores is None else self.scores[:batch]
-        parts = (self.tokens, self.parents, self.depths, self.ancestors, self.num_nodes)
-        return TreeBatch(*(part[:batch] for part in parts), scores)
+        return TreeBatch(tokens, parents, depths, self.ancestors[:batch], self.num_nodes[:batch], scores)
 
     def select(self, rows: Tensor) -> TreeBatch:
         """Returns the trees at ``rows [B'] int64``."""
