@@ -29,21 +29,25 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 Integers = NDArray[np.int64]
 
-#: Steps between drafts of the full shape where a smaller one is planned, so that its worth stays known; a few requests
-#: are enough.
-PROBE_STEPS = 64
-PROBED_REQUESTS = 2
+#: Steps between probes: a full tree for one request where less is planned, so that its worth stays known; every fourth
+#: is a step without a draft, so that its cost does.
+PROBE_STEPS = 96
+#: Steps between those that verify only half of what seems best: around a best number of rows rates hardly differ, and
+#: it is found only if times on both sides of it are known.
+HALF_STEPS = 32
 #: Steps for which a plan holds.
 PLAN_STEPS = 8
 #: Trees whose nodes stand for those of the next draft.
-REMEMBERED_TREES = 48
+REMEMBERED_TREES = 24
+#: Trees without which nothing is planned.
+FIRST_TREES = 8
 
 
 class RowTimes:
     """Seconds that a computation takes, by rows: lines between knots, and beyond the last one its proportion."""
 
-    #: How far one measurement moves the nearest knots, and all of them, on a logarithmic scale.
-    OWN, ALL = 0.2, 0.02
+    #: How far one measurement moves the table towards itself, and the factor in rows at which 1/e of that is left.
+    RATE, REACH = 0.15, 5.0
     #: A measurement further from the estimate than this factor counts as if it were this far: machines stall.
     FURTHEST = 2.0
 
@@ -59,8 +63,14 @@ class RowTimes:
 
     @property
     def seconds(self) -> Floats:
-        """``[K]`` at the knots; more rows never take less."""
-        return np.maximum.accumulate(np.exp(self._logs))
+        """``[K]`` at the knots: what is nearest to the measurements and never falls (isotonic regression)."""
+        count = len(self._logs)
+        sums = np.concatenate([[0.0], self._logs.cumsum()])
+        first, end = np.arange(count)[:, None], np.arange(1, count + 1)[None, :]
+        means = np.where(end > first, (sums[end] - sums[first]) / np.maximum(end - first, 1), np.inf)
+        # of the means over all ranges around a knot, the highest by first element of the lowest by last
+        lowest = np.minimum.accumulate(means[:, ::-1], axis=1)[:, ::-1]
+        return np.exp([lowest[: i + 1, i].max() for i in range(count)])
 
     def __call__(self, rows: ArrayLike) -> Floats:
         """Seconds for any numbers of rows."""
@@ -70,13 +80,8 @@ class RowTimes:
     def learn(self, rows: int, seconds: float) -> None:
         """Moves the table towards a measurement."""
         off = float(np.clip(seconds / self(rows), 1 / self.FURTHEST, self.FURTHEST))
-        upper = int(np.clip(np.searchsorted(self.rows, rows), 0, len(self.rows) - 1))
-        lower = max(upper - 1, 0)
-        span = self.rows[upper] - self.rows[lower]
-        share = float(np.clip((rows - self.rows[lower]) / span, 0.0, 1.0)) if span else 1.0
-        self._logs += self.ALL * np.log(off)
-        self._logs[lower] += self.OWN * (1 - share) * np.log(off)
-        self._logs[upper] += self.OWN * share * np.log(off)
+        distance = np.abs(np.log(max(rows, 1) / self.rows)) / np.log(self.REACH)
+        self._logs += self.RATE * np.exp(-distance) * np.log(off)
 
 
 class Calibration:
@@ -165,7 +170,8 @@ class BudgetController:
         self._others: deque[float] = deque([other], maxlen=33)
         self._trees: deque[_Remembered] = deque(maxlen=REMEMBERED_TREES)
         self._plan: tuple[tuple[int, int], int, DraftShape | None] | None = None
-        self._since_probe = 0
+        self._steps = 0
+        self._probing = False
 
     # What is learnt
 
@@ -198,20 +204,21 @@ class BudgetController:
         Returns:
             ``(shape or None for no draft, how many of the requests draft)``.
         """
-        if not self._trees:
+        if len(self._trees) < FIRST_TREES:
             return self.full, drafting
         key = drafting, others
         if self._plan is None or self._plan[0] != key or self._plan[1] <= 0:
             self._plan = key, PLAN_STEPS, self._best_shape(drafting, others)
         _, left, shape = self._plan
         self._plan = key, left - 1, shape
-        if shape == self.full:
-            self._since_probe = 0
-            return shape, drafting
-        self._since_probe += 1
-        if self._since_probe >= PROBE_STEPS:
-            self._since_probe = 0
-            return self.full, min(drafting, PROBED_REQUESTS)
+        self._steps += 1
+        self._probing = False
+        if self._steps % PROBE_STEPS == 0:
+            if self._steps % (4 * PROBE_STEPS) == 0:
+                return None, 0
+            if shape != self.full:
+                self._probing = True
+                return self.full, 1
         return shape, drafting if shape else 0
 
     def select(
@@ -233,10 +240,14 @@ class BudgetController:
         if shape == self.full:
             self._remember(scores, depths, parents, random)
         batch = len(scores)
+        if self._probing:
+            return np.asarray(np.isfinite(scores[:, 1:]).sum(axis=1))
         chances = self.calibration(scores[:, 1:], random[:, None])
         order = np.argsort(-chances, axis=None, kind="stable")
         order = order[chances.ravel()[order] > 0]
         best, _ = self._best_count(chances.ravel()[order], 1.0, batch, others, self._draft_seconds(shape, batch))
+        if self._steps % HALF_STEPS == HALF_STEPS // 2:
+            best //= 2
         kept = np.zeros(chances.size, dtype=bool)
         kept[order[:best]] = True
         return kept.reshape(chances.shape).sum(axis=1)
@@ -287,7 +298,7 @@ class BudgetController:
 
     def _remember(self, scores: Floats, depths: Integers, parents: Integers, random: Bools) -> None:
         """Keeps a few trees of a draft of the full shape."""
-        for row in range(min(len(scores), PROBED_REQUESTS)):
+        for row in range(min(len(scores), 2)):
             count = int(np.isfinite(scores[row]).sum())
             breadths, children = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64)
             for node in range(1, count):
