@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import runs_triton
+from ..linear import Product
 from . import reference
 from .reference import EXPERTS_PER_TOKEN, Routing
 
@@ -67,7 +68,14 @@ def route(
     return reference.route(residual, norm_weight, eps, gate, num_experts, contrast)
 
 
-def activate(normed: Tensor, up: Tensor, routing: Routing, num_experts: int, activation: str) -> Tensor:
+def activate(
+    normed: Tensor,
+    up: Tensor,
+    routing: Routing,
+    num_experts: int,
+    activation: str,
+    product: Product | None = None,
+) -> Tensor:
     """Computes what the experts' last matrices read.
 
     Args:
@@ -77,6 +85,7 @@ def activate(normed: Tensor, up: Tensor, routing: Routing, num_experts: int, act
         routing: of the rows.
         num_experts: E.
         activation: ``swiglu`` or ``gelu`` (exact).
+        product: who multiplies by ``up`` where no kernel of ours does; ``F.linear`` by default.
 
     Returns:
         ``[T, E, I]``; what an expert would give for rows that did not select it is undefined.
@@ -96,11 +105,16 @@ def activate(normed: Tensor, up: Tensor, routing: Routing, num_experts: int, act
         from .triton_kernel import activate as launch
 
         return launch(normed, up, routing, num_experts, HALVES[activation])
-    return reference.activate(normed, up, num_experts, activation)
+    return reference.activate(normed, up, num_experts, activation, product)
 
 
 def combine(
-    activations: Tensor, down: Tensor, routing: Routing, residual: Tensor, contrast: bool
+    activations: Tensor,
+    down: Tensor,
+    routing: Routing,
+    residual: Tensor,
+    contrast: bool,
+    product: Product | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Computes the mixture and, from the same read of ``down``, the contrastive output.
 
@@ -110,6 +124,7 @@ def combine(
         routing: of the rows.
         residual: ``[T, C]``, added to both.
         contrast: whether to compute the contrastive output.
+        product: who multiplies by ``down`` where no kernel of ours does; ``F.linear`` by default.
 
     Returns:
         ``(mixture [T, C], contrastive [T, C] or None)``.
@@ -124,7 +139,7 @@ def combine(
         from .triton_kernel import combine as launch
 
         return launch(activations, down, routing, residual, contrast)
-    return reference.combine(activations, down, routing, residual, contrast)
+    return reference.combine(activations, down, routing, residual, contrast, product)
 
 
 def separate(activations: Tensor, down: Tensor, routing: Routing, residual: Tensor) -> Tensor:
