@@ -5,8 +5,8 @@
     contrastive = the same with signed weights from two more logits
 
 T rows, C hidden size, E experts, K experts per token (2, or 1 where E is 1), I expert intermediate size.
-``act`` is SwiGLU or GELU. ``reference.py`` is the oracle. On a GPU the kernels run, except in float64 and where
-autograd would need what they do not record.
+``act`` is SwiGLU or GELU. ``reference.py`` is the oracle. The kernels run, Triton's on a GPU and compiled ones on a
+CPU, except in float64 and where autograd would need what they do not record. On a CPU the products are a library's.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import runs_triton
+from ..dispatch import compiled, runs_triton
 from ..linear import Product
-from . import reference
+from . import native, reference
 from .reference import EXPERTS_PER_TOKEN, Routing
 
 __all__ = ["EXPERTS_PER_TOKEN", "Routing", "activate", "combine", "route", "separate"]
@@ -65,6 +65,9 @@ def route(
         from .triton_kernel import route as launch
 
         return launch(residual, norm_weight, eps, gate, num_experts, contrast)
+    library = None if _autocast(residual) else compiled(residual, norm_weight, gate)
+    if library is not None:
+        return native.route(library, residual, norm_weight, eps, gate, num_experts, contrast)
     return reference.route(residual, norm_weight, eps, gate, num_experts, contrast)
 
 
@@ -105,6 +108,9 @@ def activate(
         from .triton_kernel import activate as launch
 
         return launch(normed, up, routing, num_experts, HALVES[activation])
+    library = None if _autocast(normed) else compiled(normed, up)
+    if library is not None:
+        return native.activate(library, normed, up, num_experts, activation, product)
     return reference.activate(normed, up, num_experts, activation, product)
 
 
@@ -139,6 +145,9 @@ def combine(
         from .triton_kernel import combine as launch
 
         return launch(activations, down, routing, residual, contrast)
+    library = None if _autocast(activations) else compiled(activations, down, residual, routing.weights)
+    if library is not None:
+        return native.combine(library, activations, down, routing, residual, contrast, product)
     return reference.combine(activations, down, routing, residual, contrast, product)
 
 

@@ -8,8 +8,11 @@ K nodes of each, P positions. ``reference.py`` is the oracle.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from ..dispatch import compiled
+from . import native
 from .reference import place_reference, rotate_reference
 
 
@@ -24,6 +27,9 @@ def rotate(x: Tensor, positions: Tensor, table: Tensor) -> Tensor:
     Returns:
         ``[..., heads, D]`` in the dtype of ``x``.
     """
+    library = compiled(x, table) if x.ndim == 3 and native.lies_flat(x) and _fits(positions, table) else None
+    if library is not None:
+        return native.rotate(library, x, positions, table)
     return rotate_reference(x, positions, table)
 
 
@@ -41,4 +47,12 @@ def place(projected: Tensor, positions: Tensor, table: Tensor, num_heads: int, k
     Returns:
         ``[B * K, H, D]`` queries.
     """
+    fits = native.lies_flat(keys) and native.lies_flat(values) and projected.stride(1) == 1
+    library = compiled(projected, table) if fits and _fits(positions, table) else None
+    if library is not None:
+        return native.place(library, projected, positions, table, num_heads, keys, values)
     return place_reference(projected, positions, table, num_heads, keys, values)
+
+
+def _fits(positions: Tensor, table: Tensor) -> bool:
+    return positions.dtype is torch.int64 and table.dtype is torch.float32 and table.is_contiguous()
