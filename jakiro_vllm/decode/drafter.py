@@ -155,7 +155,7 @@ class TreeDrafter:
         for forward in range(forwards):
             parents = beam.tokens.shape[1]
             found = propose(output, self.lm_head, width, self.policy)
-            tokens, log_probs = (x.unflatten(0, (batch, parents)) for x in (found.tokens, found.log_probs))
+            tokens, log_probs = (x.view(batch, parents, width) for x in (found.tokens, found.log_probs))
             last = forward == forwards - 1
             two_levels = two_levels_last and last
             count = width if two_levels or not last else 0  # nothing grows from the last level
@@ -165,9 +165,7 @@ class TreeDrafter:
                 self._last_level(pool, output, chosen, width, parents, first_id)
             if last:
                 break
-            origin = chosen.origins + parents * torch.arange(batch, device=device).unsqueeze(1)
-            source = found.sources[origin, chosen.choices]
-            features = found.features[origin, source].flatten(0, 1)  # [B * K, C]
+            features = found.continue_from(chosen.origins, chosen.choices)  # [B * K, C]
             # A level-1 node's input stands one position after its root's row.
             positions = roots.positions + 1 + forward
             contrastive = two_levels_last and forward == forwards - 2
@@ -192,7 +190,8 @@ class TreeDrafter:
         batch, width = beam.tokens.shape
         positions = positions.unsqueeze(1).expand(batch, width).flatten()
         x = self.head.fuse(self.embed(beam.tokens.flatten()), features)
-        query = self.head.project(x, positions, *scratch.append(width)).unflatten(0, (batch, width))
+        query = self.head.project(x, positions, *scratch.append(width))
+        query = query.view(batch, width, *query.shape[1:])
         attended = cache.attend(query, scratch.keys, scratch.values, scratch.used, beam.words)
         return self.head.complete(x, attended.flatten(0, 1), contrastive)
 

@@ -26,13 +26,33 @@ class Candidates:
         tokens: ``[T, W] int64``.
         log_probs: ``[T, W] float32``; -inf where a node has fewer than W distinct candidates.
         features: ``[T, F, C]`` features that children continue from.
-        sources: ``[T, W] int64`` which of the F features each candidate continues from.
+        sources: ``[T, W] int64`` which of the F features each candidate continues from; None where F is 1.
     """
 
     tokens: Tensor
     log_probs: Tensor
     features: Tensor
-    sources: Tensor
+    sources: Tensor | None
+
+    def continue_from(self, nodes: Tensor, choices: Tensor) -> Tensor:
+        """The features that chosen candidates continue from.
+
+        B sequences, P nodes of each, so that T is B * P; K chosen of each.
+
+        Args:
+            nodes: ``[B, K] int64`` in [0, P): whose candidates they are.
+            choices: ``[B, K] int64`` which of them.
+
+        Returns:
+            ``[B * K, C]``.
+        """
+        batch = nodes.shape[0]
+        if batch > 1:
+            first = torch.arange(0, self.tokens.shape[0], self.tokens.shape[0] // batch, device=nodes.device)
+            nodes = nodes + first.unsqueeze(1)
+        if self.sources is None:
+            return self.features.squeeze(1).index_select(0, nodes.flatten())
+        return self.features[nodes, self.sources[nodes, choices]].flatten(0, 1)
 
 
 def resolve_policy(policy: str, spec: HeadSpec) -> str:
@@ -68,7 +88,7 @@ def propose(output: HeadOutput, lm_head: LmHead, width: int, policy: str) -> Can
     if policy == "mixture":
         feature = output.feature()
         tokens, log_probs = top_tokens(feature, lm_head, width)
-        return Candidates(tokens, log_probs, feature.unsqueeze(1), torch.zeros_like(tokens))
+        return Candidates(tokens, log_probs, feature.unsqueeze(1), None)
     return _propose_decoupled(output, lm_head, width)
 
 
@@ -90,7 +110,6 @@ def _propose_decoupled(output: HeadOutput, lm_head: LmHead, width: int) -> Candi
     scores, index = scores.topk(width, dim=1)
     spec = output.head.spec
     if spec.variant is Variant.JAKIRO_STAR:
-        features, sources = own, index // width
-    else:  # trained on its mixture: only the candidates are decoupled
-        features, sources = output.feature().unsqueeze(1), torch.zeros_like(index)
-    return Candidates(tokens.gather(1, index), scores, features, sources)
+        return Candidates(tokens.gather(1, index), scores, own, index // width)
+    # Trained on its mixture: only the candidates are decoupled.
+    return Candidates(tokens.gather(1, index), scores, output.feature().unsqueeze(1), None)

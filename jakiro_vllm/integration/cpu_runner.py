@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from jakiro_vllm.cache.commit import moved_rows
@@ -14,6 +15,8 @@ from jakiro_vllm.integration.cpu_attention import TreeCPUAttentionBackend, TreeR
 from jakiro_vllm.integration.head_cache import CPUHeadCache, NoPages
 from jakiro_vllm.integration.pacing import make_pacer, time_rows
 from jakiro_vllm.integration.runner import JakiroRunnerMixin, Step
+from jakiro_vllm.integration.sampling import independent_of_path
+from jakiro_vllm.tree.walk import Accepted, walk_highest
 
 
 class JakiroCPUModelRunner(JakiroRunnerMixin, CPUModelRunner):
@@ -58,6 +61,13 @@ class JakiroCPUModelRunner(JakiroRunnerMixin, CPUModelRunner):
                 metadata.block_table, chosen, step.base[chosen], step.row_starts[chosen], step.row_counts[chosen]
             )
             metadata.trees = TreeRows(jobs, rows, step.ancestors, step.depths, only_trees)
+
+    def _verify(self, step: Step, logits: Tensor) -> tuple[Accepted, LogprobsTensors | None]:
+        """Walks at once where all requests are greedy and their logits are all that matters, as vLLM samples then."""
+        metadata = self.input_batch.sampling_metadata
+        if not metadata.all_greedy or not independent_of_path(metadata):
+            return self._walk_by_levels(step, logits)
+        return walk_highest(step.trees, logits, step.logit_starts, self._levels(step)), None
 
     def _compact(self, step: Step) -> None:
         assert step.accepted is not None and step.metadata is not None

@@ -29,6 +29,9 @@ class CPUHeadCache:
         self.slots = slots
         # The context stays as it is while a tree grows, so its pages are unpacked once.
         self.pages = layer.impl.paged_cache(layer, layer.kv_cache, keep=True)
+        self._order = torch.arange(context_lens.shape[0])
+        #: Where each request's rows begin, and how many they are, by their number.
+        self._rows: dict[int, tuple[Tensor, Tensor]] = {}
 
     def write(self, keys: Tensor, values: Tensor) -> None:
         """Stores ``[T, G, D]`` keys and values."""
@@ -41,9 +44,10 @@ class CPUHeadCache:
 
         The rows of a call are the last level in scratch, so their position follows from how much is there.
         """
-        batch, rows = query.shape[:2]
-        order = torch.arange(batch)
-        width = scratch_keys.shape[1]
+        batch, rows, order = query.shape[0], query.shape[1], self._order
+        if rows not in self._rows:
+            self._rows[rows] = order * rows, torch.full_like(order, rows)
+        row_starts, row_counts = self._rows[rows]
         flat = query.flatten(0, 1)
         out = torch.empty_like(flat)
         tree_attention(
@@ -52,9 +56,9 @@ class CPUHeadCache:
             TreeJobs(
                 block_tables=self.block_tables,
                 context_lens=self.context_lens,
-                row_starts=order * rows,
-                row_counts=torch.full_like(order, rows),
-                node_starts=order * width,
+                row_starts=row_starts,
+                row_counts=row_counts,
+                node_starts=order * scratch_keys.shape[1],
                 node_counts=torch.full_like(order, num_scratch),
             ),
             scratch_keys.flatten(0, 1),
@@ -65,7 +69,7 @@ class CPUHeadCache:
             out,
             window=self.layer.impl.window,
         )
-        return out.unflatten(0, (batch, rows))
+        return out.view(query.shape)
 
 
 class GPUHeadCache:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jakiro_vllm.kernels.walk import walk_samples
+from jakiro_vllm.kernels.walk import walk_greedy, walk_samples
 from jakiro_vllm.tree.batch import TreeBatch
 
 #: ``sample(step, nodes [B] int64, active [B] bool) -> tokens [B] int64``: the target's token after ``nodes``,
@@ -76,3 +76,21 @@ def walk_sampled(trees: TreeBatch, sampled: Tensor, max_depth: int) -> Accepted:
     """
     path, tokens, num_accepted = walk_samples(trees.tokens, trees.parents, trees.num_nodes, sampled, max_depth)
     return Accepted(path, tokens, num_accepted)
+
+
+def walk_highest(trees: TreeBatch, logits: Tensor, starts: Tensor, max_depth: int) -> Accepted:
+    """Accepts the path that the target's most probable tokens follow.
+
+    Args:
+        trees: the trees that were verified.
+        logits: ``[L, V]`` after each node; those of a tree lie together.
+        starts: ``[B] int64`` the rows of the roots.
+        max_depth: upper bound of the depths.
+
+    Returns:
+        The path, in as many columns as the longest one has.
+    """
+    found = walk_greedy(trees.tokens, trees.parents, trees.num_nodes, logits, starts, max_depth)
+    path, tokens, num_accepted = found
+    steps = int(num_accepted.max()) + 1 if num_accepted.numel() else 1
+    return Accepted(path[:, :steps], tokens[:, :steps], num_accepted)

@@ -1,9 +1,9 @@
 """The kernels' C++: builds it, keeps it, loads it.
 
 The sources ``native.cpp`` of all rooms become one library. It is built on the machine that runs it, for that machine's
-instruction set, once: it is kept in the user's cache under a name that changes with the sources, the compiler, the flags
-and the processor. It needs a C++ compiler and nothing else, no headers of Python or torch; where there is none, PyTorch
-does the work.
+instruction set, once: it is kept in the user's cache under a name that changes with the sources, the compiler, the
+flags and the processor. It needs a C++ compiler and nothing else, no headers of Python or torch; where there is none,
+PyTorch does the work.
 
 The name can be guessed, so a library is loaded only from where nobody else could have put it.
 """

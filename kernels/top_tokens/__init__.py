@@ -31,7 +31,8 @@ def top_tokens(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
     Returns:
         ``(tokens [T, W] int64, log_probs [T, W] float32)``, the most probable first. Equal logits come in
-        the order of their token ids, unless PyTorch does the work. A masked token has log-probability -inf, and follows all others.
+        the order of their token ids, unless PyTorch does the work. A masked token has log-probability -inf, and follows
+        all others.
 
     Raises:
         ValueError: on a shape, stride, dtype or width other than these.

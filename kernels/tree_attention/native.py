@@ -53,7 +53,8 @@ def step_arguments(jobs: TreeJobs, ancestors: Tensor, depths: Tensor) -> tuple[l
     tables = jobs.block_tables.to(torch.int32)
     tables = tables if tables.stride(1) == 1 else tables.contiguous()
     indices = [getattr(jobs, name) for name in _JOBS]
-    held = [x.to(torch.int64).contiguous() for x in (*indices, ancestors, depths)]
+    held = [x if x.dtype is torch.int64 else x.long() for x in (*indices, ancestors, depths)]
+    held = [x.contiguous() for x in held]
     return [tables, *held], (tables.data_ptr(), tables.stride(0), *(x.data_ptr() for x in held))
 
 

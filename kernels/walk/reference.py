@@ -25,3 +25,16 @@ def walk_samples_reference(
         node = children.to(torch.int8).argmax(dim=1)
     num_accepted = torch.stack(walked, dim=1).sum(dim=1) - 1
     return torch.stack(path, dim=1), torch.stack(emitted, dim=1), num_accepted
+
+
+def walk_greedy_reference(
+    tokens: Tensor, parents: Tensor, num_nodes: Tensor, logits: Tensor, starts: Tensor, max_depth: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``walk_greedy`` for the arguments and the result: here every row is looked at."""
+    nodes = torch.arange(tokens.shape[1], device=tokens.device)
+    # Past a tree's own rows the walk never looks.
+    own = nodes.minimum(num_nodes.clamp(min=1).unsqueeze(1) - 1)
+    rows = starts.unsqueeze(1) + own
+    if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= logits.shape[0]):
+        raise IndexError(f"starts must leave room for each tree among {logits.shape[0]} rows of logits")
+    return walk_samples_reference(tokens, parents, num_nodes, logits.argmax(dim=1)[rows], max_depth)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from reference_tree import make_batch, random_parents
@@ -13,8 +15,10 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
 from jakiro_vllm.integration import sampling
+from jakiro_vllm.integration.cpu_runner import JakiroCPUModelRunner
+from jakiro_vllm.integration.runner import Step
 from jakiro_vllm.integration.sampling import independent_of_path, random_sampling, sample_rows
-from jakiro_vllm.tree.walk import walk_sampled
+from jakiro_vllm.tree.walk import walk_highest, walk_sampled
 
 VOCAB = 12
 DEPTH = 5
@@ -202,3 +206,76 @@ def test_a_processor_with_requests_is_not_idle() -> None:
     assert not independent_of_path(metadata([1.0], {}, logitsprocs=LogitsProcessors([processor])))
     del processor.min_toks
     assert not independent_of_path(metadata([1.0], {}, logitsprocs=LogitsProcessors([processor])))
+
+
+# All at once on a CPU.
+
+
+def coarse_logits(rng: random.Random, rows: int, vocabulary: int, dtype: torch.dtype) -> torch.Tensor:
+    """So few different ones that the highest is seldom alone, and sometimes a NaN."""
+    values = (-1.0, 0.0, -0.0, 1.0, 1.0, float("-inf"), float("inf"))
+    logits = torch.tensor(
+        [[rng.choice(values[: rng.choice((3, 5, 7))]) for _ in range(vocabulary)] for _ in range(rows)]
+    )
+    for row in rng.sample(range(rows), rows // 8):
+        logits[row, rng.randrange(vocabulary)] = float("nan")
+    return logits.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("vocabulary", [1, 7, 12, 300, 4099])
+def test_the_highest_logits_are_those_of_the_sampler(
+    vocabulary: int, dtype: torch.dtype, rng: random.Random, sampler: Sampler
+) -> None:
+    """vLLM has an operator of its own for it on a CPU: ties and what is no number must come out as there."""
+    rows = 40
+    logits = coarse_logits(rng, rows, vocabulary, dtype)
+    wanted = sampler(logits=logits, sampling_metadata=metadata([0.0] * 2, {})).sampled_token_ids.squeeze(1)
+    alone = make_batch([([-1], [0])] * rows)
+    assert walk_highest(alone, logits, torch.arange(rows), 0).tokens.squeeze(1).tolist() == wanted.tolist()
+
+
+class Runner(JakiroCPUModelRunner):
+    """As much of the runner as a walk needs."""
+
+    def __init__(self, given: SamplingMetadata, sampler: Any) -> None:
+        requests = len(given.top_p) if given.top_p is not None else 0
+        self.input_batch = SimpleNamespace(sampling_metadata=given)
+        self.drafter = SimpleNamespace(tree_config=SimpleNamespace(depth=DEPTH))
+        self.sampler = sampler
+        self.discard_request_mask = SimpleNamespace(np=np.zeros(requests, dtype=bool))
+
+
+def step_of(trees: Any, starts: torch.Tensor) -> Step:
+    none = torch.zeros_like(starts)
+    return Step(trees, none, none, none, none, trees.num_nodes > 1, none, starts)
+
+
+@pytest.mark.parametrize("size", [1, 9])
+def test_a_greedy_walk_is_that_of_the_levels(size: int, rng: random.Random, sampler: Sampler) -> None:
+    for _ in range(20):
+        parents = [random_parents("random", rng.randint(1, size), rng) for _ in range(4)]
+        trees = make_batch([(p, [rng.randrange(3) for _ in p]) for p in parents])
+        ends = trees.num_nodes.cumsum(0)
+        logits = coarse_logits(rng, int(ends[-1]), 3, torch.float32)
+        step = step_of(trees, ends - trees.num_nodes)
+        given = metadata([0.0] * 4, {}, top_k=None, top_p=torch.ones(4))
+        found, logprobs = Runner(given, None)._verify(step, logits.clone())
+        wanted, _ = Runner(given, sampler)._walk_by_levels(step, logits.clone())
+        assert logprobs is None
+        for name in ("path", "tokens", "num_accepted"):
+            assert torch.equal(getattr(found, name), getattr(wanted, name)), name
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        pytest.param(metadata([0.0, 0.9], {}), id="random"),
+        pytest.param(metadata([0.0, 0.0], {}, no_penalties=False), id="penalties"),
+        pytest.param(metadata([0.0, 0.0], {}, max_num_logprobs=1), id="logprobs"),
+        pytest.param(metadata([0.0, 0.0], {}, bad_words_token_ids={0: [[1]]}), id="bad-words"),
+    ],
+)
+def test_other_batches_are_walked_by_levels(given: SamplingMetadata, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Runner, "_walk_by_levels", lambda self, step, logits: "by levels")
+    assert Runner(given, None)._verify(None, None) == "by levels"

@@ -1,4 +1,4 @@
-"""Expert routing and the mixture of experts: the Triton kernels, interpreted, against the reference."""
+"""Expert routing and the mixture of experts: the kernels, interpreted and compiled, against the reference."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jakiro_vllm.kernels import experts
+from jakiro_vllm.kernels import experts, native
 from jakiro_vllm.kernels.experts import Routing, reference
+from jakiro_vllm.kernels.experts import native as compiled
 
 pytest.importorskip("triton")
 from jakiro_vllm.kernels.experts import triton_kernel
 
 EPS = 1e-5
+INF, NAN = float("inf"), float("nan")
 #: Sums in another order, and in float16 and bfloat16 also intermediates that only the reference rounds.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 #: Logits closer than this may change places where sums are rounded differently.
@@ -149,17 +151,50 @@ def _nan_filled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         assert bool((guard.isnan() if guard.is_floating_point() else guard == -7).all())
 
 
+class Compiled:
+    """The compiled kernels, to be called as Triton's; the products are PyTorch's."""
+
+    separate = staticmethod(reference.separate)
+
+    @staticmethod
+    def route(*arguments) -> Routing:
+        return compiled.route(native.library(), *arguments)
+
+    @staticmethod
+    def activate(normed: Tensor, up: Tensor, routing: Routing, num_experts: int, halves: int) -> Tensor:
+        activation = next(name for name, count in experts.HALVES.items() if count == halves)
+        return compiled.activate(native.library(), normed, up, num_experts, activation, None)
+
+    @staticmethod
+    def combine(*arguments) -> tuple[Tensor, Tensor | None]:
+        return compiled.combine(native.library(), *arguments, None)
+
+
+needs_compiler = pytest.mark.skipif(native.library() is None, reason="needs a C++ compiler")
+KERNELS = [pytest.param(triton_kernel, id="triton"), pytest.param(Compiled, id="native", marks=needs_compiler)]
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request: pytest.FixtureRequest):
+    """One set of kernels."""
+    return request.param
+
+
 @pytest.fixture
 def _kernels_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experts, "runs_triton", lambda tensor: True)
 
 
+ROUTES = [pytest.param(reference.route, id="reference"), pytest.param(triton_kernel.route, id="triton")]
+ROUTES.append(pytest.param(Compiled.route, id="native", marks=needs_compiler))
+
+
 class TestRoute:
     @pytest.mark.parametrize("case", CASES, ids=str)
-    def test_equals_the_reference(self, case, generator):
+    def test_equals_the_reference(self, case, kernel, generator):
         weights = weights_of(case, generator)
         args = (weights.residual, weights.norm, EPS, weights.gate, case.num_experts, case.contrast)
-        found, expected = triton_kernel.route(*args), reference.route(*args)
+        found, expected = kernel.route(*args), reference.route(*args)
         assert_near(found.normed, expected.normed, TOLERANCE[case.dtype])
         assert found.experts.dtype == torch.int64
         assert found.weights.dtype == torch.float32
@@ -179,7 +214,7 @@ class TestRoute:
         else:
             assert found.contrast is None
 
-    @pytest.mark.parametrize("route", [reference.route, triton_kernel.route], ids=["reference", "triton"])
+    @pytest.mark.parametrize("route", ROUTES)
     @pytest.mark.parametrize("num_experts", [2, 4, 8], ids="E{}".format)
     def test_ties_go_to_the_lower_index(self, route, num_experts, generator):
         residual = torch.randn(3, 32, generator=generator)
@@ -188,7 +223,7 @@ class TestRoute:
         assert found.experts.tolist() == [[0, 1]] * 3
         assert found.weights.tolist() == [[0.5, 0.5]] * 3
 
-    @pytest.mark.parametrize("route", [reference.route, triton_kernel.route], ids=["reference", "triton"])
+    @pytest.mark.parametrize("route", ROUTES)
     @pytest.mark.parametrize(
         ("num_experts", "logits", "chosen", "signed"),
         [
@@ -208,13 +243,13 @@ class TestRoute:
         assert found.contrast[0].tolist() == pytest.approx(signed, abs=1e-4)
 
     @pytest.mark.filterwarnings("ignore:invalid value")
-    def test_reads_nothing_of_other_rows(self, generator):
+    def test_reads_nothing_of_other_rows(self, kernel, generator):
         case = replace(TWO_EXPERTS, rows=3)
         weights = weights_of(case, generator)
         args = (weights.norm, EPS, weights.gate, case.num_experts, case.contrast)
-        expected = triton_kernel.route(weights.residual, *args)
+        expected = kernel.route(weights.residual, *args)
         weights.residual[1] = float("nan")
-        found = triton_kernel.route(weights.residual, *args)
+        found = kernel.route(weights.residual, *args)
         for name in ("normed", "experts", "weights", "contrast"):
             assert torch.equal(getattr(found, name)[[0, 2]], getattr(expected, name)[[0, 2]])
         assert bool(((found.experts >= 0) & (found.experts < case.num_experts)).all())
@@ -222,12 +257,10 @@ class TestRoute:
 
 class TestActivate:
     @pytest.mark.parametrize("case", CASES, ids=str)
-    def test_equals_the_reference(self, case, generator):
+    def test_equals_the_reference(self, case, kernel, generator):
         weights = weights_of(case, generator)
         routing = routed(case, weights)
-        found = triton_kernel.activate(
-            routing.normed, weights.up, routing, case.num_experts, experts.HALVES[case.activation]
-        )
+        found = kernel.activate(routing.normed, weights.up, routing, case.num_experts, experts.HALVES[case.activation])
         expected = reference.activate(routing.normed, weights.up, case.num_experts, case.activation)
         assert found.shape == expected.shape
         assert_near(selected(routing, found), selected(routing, expected), TOLERANCE[case.dtype])
@@ -246,7 +279,7 @@ class TestActivate:
 
 class TestProducts:
     @pytest.mark.parametrize("case", CASES, ids=str)
-    def test_equals_the_reference(self, case, generator):
+    def test_equals_the_reference(self, case, kernel, generator):
         weights = weights_of(case, generator)
         routing = routed(case, weights)
         activations = reference.activate(routing.normed, weights.up, case.num_experts, case.activation)
@@ -254,13 +287,13 @@ class TestProducts:
         expected = reference.combine(*args, case.contrast)
         own = reference.separate(*args)
         args = (unselected_poisoned(activations, routing), *args[1:])
-        found = triton_kernel.combine(*args, case.contrast)
+        found = kernel.combine(*args, case.contrast)
         assert_near(found[0], expected[0], TOLERANCE[case.dtype])
         if case.contrast:
             assert_near(found[1], expected[1], TOLERANCE[case.dtype])
         else:
             assert found[1] is None
-        assert_near(triton_kernel.separate(*args), own, TOLERANCE[case.dtype])
+        assert_near(kernel.separate(*args), own, TOLERANCE[case.dtype])
 
     @pytest.mark.parametrize("splits", [1, 2, 8], ids="S{}".format)
     def test_any_number_of_splits_gives_the_sum(self, splits, generator, monkeypatch):
@@ -288,13 +321,13 @@ class TestProducts:
 
     @pytest.mark.parametrize("case", [TWO_EXPERTS, FOUR_EXPERTS], ids=str)
     @pytest.mark.parametrize("swapped", ["weights", "contrast"])
-    def test_swapped_weights_are_seen(self, case, swapped, generator):
+    def test_swapped_weights_are_seen(self, case, swapped, kernel, generator):
         weights = weights_of(case, generator)
         routing = routed(case, weights)
         activations = reference.activate(routing.normed, weights.up, case.num_experts, case.activation)
         expected = reference.combine(activations, weights.down, routing, weights.residual, True)
         wrong = replace(routing, **{swapped: getattr(routing, swapped).flip(1)})
-        found = triton_kernel.combine(activations, weights.down, wrong, weights.residual, True)
+        found = kernel.combine(activations, weights.down, wrong, weights.residual, True)
         output = 0 if swapped == "weights" else 1
         assert_near(found[1 - output], expected[1 - output], TOLERANCE[case.dtype])
         with pytest.raises(AssertionError):
@@ -367,6 +400,61 @@ class TestDispatch:
 
 def zero_routing() -> Routing:
     return Routing(torch.zeros(3, 16), torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 2), torch.zeros(3, 2))
+
+
+@needs_compiler
+class TestCompiled:
+    def test_the_wrappers_take_it(self, generator, monkeypatch):
+        for name in ("route", "activate", "combine"):
+            monkeypatch.setattr(reference, name, None)
+        case = replace(TWO_EXPERTS, dtype=torch.bfloat16)
+        assert len(mixture_of(case, weights_of(case, generator), experts)) == 3
+
+    @pytest.mark.parametrize("gate", [[NAN, 0.0, 0.0], [0.0, NAN, NAN], [-INF, -INF, -INF], [INF, 0.0, INF]], ids=str)
+    def test_logits_that_are_no_numbers(self, gate):
+        """As descending sorts have it: NaN first, and of equals the lower index."""
+        residual, weight = torch.ones(1, 16), torch.zeros(3, 16)
+        weight[:, 0] = torch.tensor(gate)
+        args = (residual, torch.ones(16), EPS, weight, 3, False)
+        found, wanted = Compiled.route(*args), reference.route(*args)
+        assert found.experts.tolist() == wanted.experts.tolist()
+        assert found.weights.isnan().any() == wanted.weights.isnan().any()
+
+    @pytest.mark.parametrize("expert", [-1, 2])
+    def test_experts_that_are_not_there(self, expert, generator):
+        weights = weights_of(TWO_EXPERTS, generator)
+        routing = routed(TWO_EXPERTS, weights)
+        routing.experts[3, 1] = expert
+        activations = torch.zeros(10, 2, 72)
+        with pytest.raises(IndexError, match=r"outside \[0, 2\)"):
+            experts.combine(activations, weights.down, routing, weights.residual, False)
+
+    def test_tensors_that_lie_otherwise(self, generator):
+        weights = weights_of(FOUR_EXPERTS, generator)
+        routing = routed(FOUR_EXPERTS, weights)
+        wide = torch.full((12, 200), NAN)
+        wide[:, 50:146] = weights.residual
+        args = (weights.norm, EPS, weights.gate, 4, True)
+        assert torch.equal(
+            Compiled.route(wide[:, 50:146], *args).normed, Compiled.route(weights.residual, *args).normed
+        )
+        columns = replace(routing, experts=routing.experts.T.contiguous().T, weights=routing.weights.T.contiguous().T)
+        activations = torch.randn(12, 4, 72, generator=generator)
+        args = (weights.down, routing, weights.residual, True)
+        apart = activations.transpose(0, 1).contiguous().transpose(0, 1)
+        for found, wanted in zip(
+            Compiled.combine(apart, weights.down, columns, weights.residual, True),
+            Compiled.combine(activations, *args),
+            strict=True,
+        ):
+            assert torch.equal(found, wanted)
+
+    def test_gates_of_any_size_do_not_overflow(self):
+        """silu of what the exponential cannot hold."""
+        hidden = torch.tensor([[-200.0, -88.5, -1.0, 0.0, 88.5, 1e4, 1.0, 2.0] + [1.0] * 8])
+        up = torch.eye(16)
+        found = compiled.activate(native.library(), hidden, up, 1, "swiglu", None)
+        torch.testing.assert_close(found, reference.activate(hidden, up, 1, "swiglu"), rtol=1e-5, atol=1e-30)
 
 
 class TestErrors:

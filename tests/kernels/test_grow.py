@@ -17,6 +17,7 @@ from reference_tree import Candidate, ancestor_word, rerank_reference
 from torch import Tensor
 
 from jakiro_vllm.kernels import grow as wrapper
+from jakiro_vllm.kernels import native
 from jakiro_vllm.kernels.grow import Beam, Pool, expand, rerank, triton_kernel
 
 INF = float("inf")
@@ -35,22 +36,35 @@ def fine(rng: random.Random) -> float:
     return -rng.expovariate(1.0)
 
 
-@pytest.fixture(params=[True, False], ids=["triton", "reference"])
+@pytest.fixture(params=["triton", "native", "reference"])
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The wrapper runs the kernels, whose allocations hold rubbish, or the reference."""
-    if request.param:
+    """The wrapper runs one set of kernels, whose allocations hold rubbish, or the reference."""
+    chosen: str = request.param
+    if chosen == "triton":
         use_triton(monkeypatch)
-    return "triton" if request.param else "reference"
+    elif chosen == "native":
+        if native.library() is None:
+            pytest.skip("needs a C++ compiler")
+        allocate_rubbish(monkeypatch)
+        for name in ("expand_reference", "rerank_reference"):
+            monkeypatch.delattr(wrapper, name)  # not to be called
+    else:
+        monkeypatch.setattr(wrapper, "compiled", lambda *tensors: None)
+    return chosen
 
 
 def use_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wrapper, "runs_triton", lambda tensor: True)
+    allocate_rubbish(monkeypatch)
+
+
+def allocate_rubbish(monkeypatch: pytest.MonkeyPatch) -> None:
     empty = torch.empty
 
     def filled(*size: int, **options: Any) -> Tensor:
         tensor = empty(*size, **options)
         return tensor.fill_(NAN if tensor.is_floating_point() else UNWRITTEN)
 
-    monkeypatch.setattr(wrapper, "runs_triton", lambda tensor: True)
     monkeypatch.setattr(torch, "empty", filled)
 
 

@@ -1,10 +1,12 @@
-"""The most probable tokens against sorting, in Triton's interpreter.
+"""The most probable tokens against sorting: the kernels, in Triton's interpreter and compiled, and the reference.
 
 T rows, V vocabulary, W tokens per row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,12 +14,15 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from jakiro_vllm.kernels import native
 from jakiro_vllm.kernels import top_tokens as wrapper
+from jakiro_vllm.kernels.top_tokens import native as compiled
 from jakiro_vllm.kernels.top_tokens import top_tokens, triton_kernel
 from jakiro_vllm.kernels.top_tokens.reference import top_tokens_reference
 from jakiro_vllm.kernels.top_tokens.triton_kernel import launch_top_tokens
 
 INF = float("inf")
+NAN = float("nan")
 #: Both sides see the same logits and compute in fp32, where they sum exponentials in another order; logits and
 #: sums stay below 128 (7 bits of 24).
 TOLERANCE = {"rtol": 0.0, "atol": 2**-16}
@@ -29,6 +34,25 @@ DTYPES = [
 ]
 
 
+#: Replaced by the kernel under test.
+launch: Callable[[Tensor, int], tuple[Tensor, Tensor]] = launch_top_tokens
+
+
+@pytest.fixture(autouse=True, params=["triton", "native"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which kernel is compared."""
+    if request.param == "native":
+        library = native.library()
+        if library is None:
+            pytest.skip("needs a C++ compiler")
+        monkeypatch.setitem(globals(), "launch", partial(compiled.top_tokens, library))
+    return request.param
+
+
+triton_only = pytest.mark.parametrize("kernel", ["triton"], indirect=True)
+native_only = pytest.mark.parametrize("kernel", ["native"], indirect=True)
+
+
 def expected(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """By sorting, in float64: the highest first, of equal ones the lower token."""
     values, tokens = logits.double().sort(dim=1, descending=True, stable=True)
@@ -38,7 +62,7 @@ def expected(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 def check(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Compares the kernels with sorting, and the reference as far as ties do not matter."""
-    found = tokens, log_probs = launch_top_tokens(logits, width)
+    found = tokens, log_probs = launch(logits, width)
     wanted_tokens, wanted = expected(logits, width)
     assert tokens.dtype == torch.int64
     assert log_probs.dtype == torch.float32
@@ -112,6 +136,7 @@ def test_ties_keep_the_lower_token(generator: torch.Generator) -> None:
     assert tokens.tolist() == [list(range(12))] * 2
 
 
+@triton_only
 def test_control_the_order_of_ties_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: with candidates in the other order, the comparison fails."""
 
@@ -154,7 +179,7 @@ def test_large_logits_do_not_overflow(generator: torch.Generator) -> None:
     logits[0] += 3e4
     logits[1] -= 3e4
     logits[2] *= 1e4
-    _, log_probs = launch_top_tokens(logits, 8)
+    _, log_probs = launch(logits, 8)
     # A unit in the last place of the logits.
     torch.testing.assert_close(log_probs.double(), expected(logits, 8)[1], rtol=0.0, atol=2**-8)
     assert (log_probs <= 0).all()
@@ -183,12 +208,48 @@ def test_nan_leads_to_no_token_beyond_the_vocabulary(generator: torch.Generator)
     logits[0] = float("nan")
     logits[1, ::2] = float("nan")
     logits[2] = torch.tensor(-1, dtype=torch.int32).view(torch.float32)  # NaN with all bits set
-    tokens, _ = launch_top_tokens(logits, 10)
+    tokens, _ = launch(logits, 10)
     assert ((tokens >= 0) & (tokens < 700)).all()
 
 
+@native_only
+@pytest.mark.parametrize("values", [[1.0, NAN, 2.0, NAN], [NAN] * 4, [INF, 1.0, -INF, INF], [-INF] * 4], ids=str)
+def test_what_is_no_number_is_as_in_the_reference(values: list[float]) -> None:
+    """NaN first, and then nothing has a probability."""
+    logits = torch.zeros(1, 40)
+    logits[0, 5:9] = torch.tensor(values)
+    tokens, log_probs = launch(logits, 12)
+    wanted_tokens, wanted = top_tokens_reference(logits, 12)
+    torch.testing.assert_close(log_probs, wanted, equal_nan=True)
+    torch.testing.assert_close(logits.gather(1, tokens), logits.gather(1, wanted_tokens), equal_nan=True)
+    assert tokens[0].unique().numel() == 12
+
+
+@native_only
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_change_nothing(threads: int, generator: torch.Generator) -> None:
+    logits = torch.randn(7, 40_000, generator=generator)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check(logits, 5)
+    finally:
+        torch.set_num_threads(before)
+
+
+@native_only
+def test_control_a_best_token_that_is_left_out_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: a kernel that leaves out the last token is found out."""
+    logits = torch.arange(100.0).unsqueeze(0)
+    whole = launch
+    check(logits, 3)
+    monkeypatch.setitem(globals(), "launch", lambda logits, width: whole(logits[:, :-1], width))
+    with pytest.raises(AssertionError):
+        check(logits, 3)
+
+
 def test_no_rows() -> None:
-    tokens, log_probs = launch_top_tokens(torch.empty(0, 100), 3)
+    tokens, log_probs = launch(torch.empty(0, 100), 3)
     assert tokens.shape == log_probs.shape == (0, 3)
 
 
@@ -204,6 +265,7 @@ def test_control_a_column_keeps_more_than_its_best() -> None:
     assert tokens.tolist() == [[5, 5 + triton_kernel.TILE_COLUMNS]]
 
 
+@triton_only
 def test_the_wrapper_picks_by_device(monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:
     logits = torch.randn(2, 100, generator=generator)
     launched = []

@@ -21,7 +21,9 @@ import torch
 from reference_tree import SHAPES, ancestor_word, depths_of, path_to, random_parents
 from torch import Tensor
 
-from jakiro_vllm.kernels.tree_attention import PagedCache, TreeJobs, cpu_kernel, native, prepare, tree_attention
+from jakiro_vllm.kernels import native
+from jakiro_vllm.kernels.tree_attention import PagedCache, TreeJobs, cpu_kernel, tree_attention
+from jakiro_vllm.kernels.tree_attention.native import Call
 from jakiro_vllm.kernels.tree_attention.reference import tree_attention_reference
 
 #: Inputs are rounded to the dtype before both sides see them. What is left is the rounding of the output,
@@ -540,7 +542,7 @@ def test_older_instruction_sets(machine: str, tmp_path: Path, monkeypatch: pytes
         pytest.skip("needs AVX2")
     monkeypatch.setattr(native, "FLAGS", flags)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    library = native.load(native.build(compiler))
+    library = ctypes.CDLL(str(native.build(compiler)))
     monkeypatch.setattr(native, "library", lambda: library)
     for layout in LAYOUTS[::3]:
         Inputs(everything(layout, kv_heads=1, group=3)).check(softcap=20.0)
@@ -554,8 +556,9 @@ def test_older_instruction_sets(machine: str, tmp_path: Path, monkeypatch: pytes
 @native_only
 def test_the_library_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(native, "SOURCE", tmp_path / "native.cpp")
-    native.SOURCE.write_text('extern "C" int tree_attention(const void*) { return 0; }')
+    source = tmp_path / "native.cpp"
+    monkeypatch.setattr(native, "SOURCES", (source,))
+    source.write_text('extern "C" int tree_attention(const void*) { return 0; }')
     compiler = native.compiler()
     assert compiler is not None
     built = native.build(compiler)
@@ -563,9 +566,9 @@ def test_the_library_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     written = built.stat().st_mtime_ns
     assert native.build(compiler) == built
     assert built.stat().st_mtime_ns == written
-    native.SOURCE.write_text('extern "C" int tree_attention(const void*) { return 1; }')
+    source.write_text('extern "C" int tree_attention(const void*) { return 1; }')
     assert native.build(compiler) != built
-    native.SOURCE.write_text("no C++")
+    source.write_text("no C++")
     with pytest.raises(subprocess.CalledProcessError):
         native.build(compiler)
     assert len(list(built.parent.iterdir())) == 2
@@ -583,12 +586,12 @@ def test_without_a_library_the_work_is_done_and_said(
     elif missing == "folder":
         (tmp_path / "jakiro_vllm").write_text("a file")
     else:
-        monkeypatch.setattr(native, "SOURCE", tmp_path / "native.cpp")
-        native.SOURCE.write_text("no C++")
+        monkeypatch.setattr(native, "SOURCES", (tmp_path / "native.cpp",))
+        native.SOURCES[0].write_text("no C++")
     native.library.cache_clear()
     try:
-        assert not prepare()
-        assert not prepare()
+        assert not native.prepare()
+        assert not native.prepare()
         Inputs(everything(Layout())).check()
     finally:
         native.library.cache_clear()
@@ -597,7 +600,7 @@ def test_without_a_library_the_work_is_done_and_said(
 
 
 def test_the_arguments_have_the_size_that_the_kernel_expects() -> None:
-    assert ctypes.sizeof(native.Call) == 8 * (5 * 3 + 2 + 7 + 9) + 2 * 4
+    assert ctypes.sizeof(Call) == 8 * (5 * 3 + 2 + 7 + 9) + 2 * 4
 
 
 # Negative controls: what must make the comparison fail.

@@ -8,21 +8,41 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from reference_tree import SHAPES, random_parents
 from torch import Tensor
 
+from jakiro_vllm.kernels import native
 from jakiro_vllm.kernels import walk as wrapper
-from jakiro_vllm.kernels.walk import walk_samples
+from jakiro_vllm.kernels.walk import native as compiled
+from jakiro_vllm.kernels.walk import walk_greedy, walk_samples
 from jakiro_vllm.kernels.walk.reference import walk_samples_reference
 from jakiro_vllm.kernels.walk.triton_kernel import launch_walk, walk_into
 
 Result = tuple[Tensor, Tensor, Tensor]
+INF, NAN = float("inf"), float("nan")
 #: What outputs hold before a launch; no result has it.
 UNWRITTEN = -77
-IMPLEMENTATIONS = [pytest.param(launch_walk, id="triton"), pytest.param(walk_samples_reference, id="reference")]
+needs_compiler = pytest.mark.skipif(native.library() is None, reason="needs a C++ compiler")
+
+
+def launch_compiled(*arguments: Any) -> Result:
+    """The compiled kernel, whose allocations hold what no result has."""
+    library, empty = native.library(), torch.empty
+    assert library is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(UNWRITTEN))
+        return compiled.walk_samples(library, *arguments)
+
+
+IMPLEMENTATIONS = [
+    pytest.param(launch_walk, id="triton"),
+    pytest.param(launch_compiled, id="native", marks=needs_compiler),
+    pytest.param(walk_samples_reference, id="reference"),
+]
 
 
 @dataclass
@@ -78,13 +98,14 @@ def expected(trees: Trees, max_depth: int) -> Result:
 
 
 def check(trees: Trees, max_depth: int) -> Result:
-    """Compares kernel and reference with the loop."""
+    """Compares kernels and reference with the loop."""
     batch = trees.tokens.shape[0]
     wanted = expected(trees, max_depth)
     path, emitted = (torch.full((batch, max_depth + 1), UNWRITTEN) for _ in range(2))
     num_accepted = torch.full((batch,), UNWRITTEN)
     walk_into(*trees.arguments, path, emitted, num_accepted)
-    for found in ((path, emitted, num_accepted), walk_samples_reference(*trees.arguments, max_depth)):
+    others = [walk_samples_reference, *([launch_compiled] if native.library() else [])]
+    for found in ((path, emitted, num_accepted), *(other(*trees.arguments, max_depth) for other in others)):
         for tensor, want in zip(found, wanted, strict=True):
             assert tensor.dtype == torch.int64
             torch.testing.assert_close(tensor, want, rtol=0, atol=0)
@@ -189,6 +210,113 @@ def test_the_wrapper_picks(on_gpu: bool, rng: random.Random, monkeypatch: pytest
     assert len(launched) == on_gpu
     if not on_gpu:
         assert all(torch.equal(a, b) for a, b in zip(found, expected(trees, 6), strict=True))
+
+
+@dataclass
+class Logits:
+    """Logits of a batch of trees, some rows in between belonging to none; few different ones, so that they tie."""
+
+    rows: Tensor
+    starts: Tensor
+
+    @classmethod
+    def of(cls, trees: Trees, vocabulary: int, dtype: torch.dtype, rng: random.Random) -> Logits:
+        gaps = [rng.randrange(3) for _ in range(trees.tokens.shape[0])]
+        counts = trees.num_nodes.tolist()
+        starts = [sum(counts[:b]) + sum(gaps[: b + 1]) for b in range(len(counts))]
+        total = sum(counts) + sum(gaps)
+        wide = torch.full((total, vocabulary + 5), NAN).to(dtype)  # what lies between rows is not to be read
+        rows = wide[:, :vocabulary]
+        for row in range(total):
+            rows[row] = torch.tensor([rng.choice((-1.0, 0.0, -0.0, 2.0, -INF)) for _ in range(vocabulary)]).to(dtype)
+        return cls(rows, torch.tensor(starts, dtype=torch.int64))
+
+
+def greedy(trees: Trees, logits: Logits) -> Trees:
+    """The same trees, sampled with ``argmax``."""
+    sampled = torch.full_like(trees.sampled, UNWRITTEN)
+    for b, count in enumerate(trees.num_nodes.tolist()):
+        start = int(logits.starts[b])
+        sampled[b, :count] = logits.rows[start : start + count].argmax(dim=1)
+    return Trees(trees.tokens, trees.parents, trees.num_nodes, sampled)
+
+
+@pytest.fixture(params=["native", "reference"])
+def greedy_walk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """``walk_greedy`` by one implementation."""
+    if request.param == "reference":
+        monkeypatch.setattr(wrapper, "compiled", lambda *tensors: None)
+    elif native.library() is None:
+        pytest.skip("needs a C++ compiler")
+    else:
+        monkeypatch.setattr("jakiro_vllm.kernels.walk.reference.walk_greedy_reference", None)
+    return walk_greedy
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("vocabulary", [1, 5, 16, 67])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_highest_logits_are_followed(
+    threads: int, vocabulary: int, dtype: torch.dtype, greedy_walk: Callable[..., Result], rng: random.Random
+) -> None:
+    trees = make_trees([random_parents("random", n, rng) for n in (1, 12, 25, 7)], 25, rng, min(vocabulary, 3))
+    logits = Logits.of(trees, vocabulary, dtype, rng)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = greedy_walk(trees.tokens, trees.parents, trees.num_nodes, logits.rows, logits.starts, 6)
+    finally:
+        torch.set_num_threads(before)
+    for tensor, want in zip(found, expected(greedy(trees, logits), 6), strict=True):
+        assert torch.equal(tensor, want)
+
+
+@pytest.mark.parametrize("length", [1, 17, 4096])
+def test_a_nan_is_higher_than_all_numbers(length: int, greedy_walk: Callable[..., Result], rng: random.Random) -> None:
+    """As in ``argmax``; the first of several."""
+    one = torch.zeros(1, 1, dtype=torch.int64)
+    for _ in range(20):
+        row = torch.tensor([[rng.choice((1.0, 3.0, INF, -INF)) for _ in range(length)]])
+        for _ in range(rng.randrange(3)):
+            row[0, rng.randrange(length)] = NAN
+        _, emitted, _ = greedy_walk(one, one - 1, one[0] + 1, row, one[0], 0)
+        assert emitted.item() == row.argmax()
+
+
+def test_threads_share_a_large_vocabulary(generator: torch.Generator) -> None:
+    logits = torch.randn(8, 40_000, generator=generator)
+    one = torch.zeros(8, 1, dtype=torch.int64)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        _, emitted, _ = walk_greedy(one, one - 1, one[:, 0] + 1, logits, torch.arange(8), 0)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(emitted[:, 0], logits.argmax(dim=1))
+
+
+@pytest.mark.parametrize("start", [-1, 1])
+def test_rows_that_are_not_there_are_refused(start: int, greedy_walk: Callable[..., Result]) -> None:
+    nodes = torch.zeros(1, 3, dtype=torch.int64)
+    with pytest.raises(IndexError, match="among 3 rows"):
+        greedy_walk(nodes, nodes - 1, nodes[:, 0] + 3, torch.zeros(3, 4), torch.tensor([start]), 2)
+
+
+def test_logits_of_integers_are_refused() -> None:
+    nodes = torch.zeros(1, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"\[L, V\] of a floating dtype, got torch.int64"):
+        walk_greedy(nodes, nodes - 1, nodes[:, 0] + 3, nodes, nodes[:, 0], 2)
+
+
+def test_control_a_tie_that_goes_to_the_later_token_is_seen(rng: random.Random) -> None:
+    """Negative control."""
+    trees = make_trees([random_parents("random", 12, rng) for _ in range(6)], 12, rng, 3)
+    logits = Logits.of(trees, 5, torch.float32, rng)
+    flipped = Logits(logits.rows.flip(1), logits.starts)
+    sampled = greedy(trees, flipped)
+    sampled.sampled = 4 - sampled.sampled
+    found = walk_greedy(trees.tokens, trees.parents, trees.num_nodes, logits.rows, logits.starts, 6)
+    assert not torch.equal(found[1], expected(sampled, 6)[1])
 
 
 @pytest.mark.parametrize(
