@@ -294,7 +294,10 @@ def main() -> int:
     parser.add_argument("--epochs", type=float, default=0.4)
     parser.add_argument("--width", type=int, default=256, help="intermediate size of jakiro's experts")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    names = [contestant.name for contestant in CONTESTANTS]
+    parser.add_argument("--heads", choices=names, nargs="+", default=names, help="the first is always among them")
     args = parser.parse_args()
+    contestants = [c for c in CONTESTANTS if c.name in args.heads or c is CONTESTANTS[0]]
 
     args.work.mkdir(parents=True, exist_ok=True)
     if not (args.work / "target").exists():
@@ -303,7 +306,7 @@ def main() -> int:
     recipe = PairRecipe(prompts=args.prompts, held_out_prompts=args.held_out, head=head)
     make_answers(args.work, recipe)
     # Seed by seed, so that an unfinished comparison is already one.
-    runs = [Run(c, rollout, seed) for seed in args.seeds for rollout in ROLLOUTS for c in CONTESTANTS]
+    runs = [Run(c, rollout, seed) for seed in args.seeds for rollout in ROLLOUTS for c in contestants]
     for run in runs:
         train(settings_of(run, args.work, recipe, args.width, args.epochs), args.work)
         print(f"trained {run.folder}", flush=True)

@@ -26,6 +26,8 @@ class TreeConfig:
         node_budget: draft nodes per tree, root excluded, in [1, 63]; vLLM's ``num_speculative_tokens``.
         depth: levels below the root, in [1, 16].
         top_k: nodes expanded per level and candidates taken per expansion, in [1, 63].
+        adaptive: whether each step's trees get as many nodes and levels as pay at its load, from the above down to
+            none; otherwise all that the above allows. None leaves it to the platform: on a CPU they do.
         policy: ``mixture`` takes candidates from the mixed distribution, ``decoupled`` from the experts'
             own; ``auto`` picks what the head was trained for.
 
@@ -37,6 +39,7 @@ class TreeConfig:
     depth: int = 6
     top_k: int = 4
     policy: str = "auto"
+    adaptive: bool | None = None
 
     def __post_init__(self) -> None:
         for name, highest in (("node_budget", MAX_NODE_BUDGET), ("depth", MAX_DEPTH), ("top_k", MAX_NODE_BUDGET)):
@@ -49,6 +52,8 @@ class TreeConfig:
                 )
         if self.policy not in POLICIES:
             raise JakiroConfigError(f"tree.policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
+        if not isinstance(self.adaptive, bool | None):
+            raise JakiroConfigError(f"tree.adaptive must be true or false, got {self.adaptive!r}")
         if self.node_budget < self.depth:
             raise JakiroConfigError(
                 f"node_budget must be at least tree.depth, got {self.node_budget} < {self.depth}; "

@@ -69,11 +69,24 @@ class Roots:
     positions: Tensor
 
 
+@dataclass(frozen=True)
+class DraftShape:
+    """How far a draft goes; its trees have at most the nodes that the configuration allows.
+
+    Attributes:
+        levels: below the root, at least 1.
+        width: nodes expanded per level and candidates per expansion, at least 1.
+    """
+
+    levels: int
+    width: int
+
+
 class TreeDrafter:
     """Grows one tree per request with a draft head.
 
-    ``depth`` levels take ``depth - 1`` forwards when the head has a contrastive output, since the last
-    forward yields two levels, and ``depth`` forwards otherwise.
+    n levels take n - 1 forwards when the head has a contrastive output, since the last forward yields two levels, and
+    n forwards otherwise; one level takes one.
     """
 
     def __init__(
@@ -100,8 +113,16 @@ class TreeDrafter:
         self.embed = embed
         self.lm_head = lm_head
         self.gather_parents = gather_parents
-        self.two_levels_last = head.spec.has_contrast and config.depth > 1
-        self.num_forwards = config.depth - 1 if self.two_levels_last else config.depth
+        self.full = DraftShape(config.depth, config.top_k)
+
+    @property
+    def num_forwards(self) -> int:
+        """Forwards of a draft of the configured depth."""
+        return self.forwards(self.full.levels)
+
+    def forwards(self, levels: int) -> int:
+        """Forwards that so many levels take."""
+        return levels - 1 if self._two_levels_last(levels) else levels
 
     def observe(self, rows: RoundInput, cache: HeadCache) -> Tensor:
         """Writes the head's KV of the committed rows, prompt chunks included; returns their ``x [T, C]``."""
@@ -109,30 +130,39 @@ class TreeDrafter:
         cache.write(*self.head.keys_values(x, rows.positions))
         return x
 
-    def grow(self, roots: Roots, cache: HeadCache) -> TreeBatch:
-        """Grows one tree per root: launches only, nothing whose shape or course depends on a value."""
+    def grow(self, roots: Roots, cache: HeadCache, shape: DraftShape | None = None) -> TreeBatch:
+        """Grows one tree per root: launches only, nothing whose shape or course depends on a value.
+
+        Args:
+            roots: of B requests.
+            cache: the head's KV of their contexts.
+            shape: of the draft; the configured one if None.
+        """
         batch, device = roots.x.shape[0], roots.x.device
-        width = self.config.top_k
-        scratch = Scratch(self.head, batch, (self.num_forwards - 1) * width, roots.x)
+        shape = shape or self.full
+        width, forwards = shape.width, self.forwards(shape.levels)
+        two_levels_last = self._two_levels_last(shape.levels)
+        scratch = Scratch(self.head, batch, (forwards - 1) * width, roots.x)
         beam = Beam.root(batch, device)
         output = self.head.finish(
             roots.x,
             roots.positions,
             lambda q: cache.attend(q.unsqueeze(1), scratch.keys, scratch.values, 0, beam.words).squeeze(1),
-            contrastive=self._two_levels(0),
+            contrastive=two_levels_last and forwards == 1,
         )
-        pool = Pool.empty(batch, width + (self.config.depth - 1) * width * width, device)
+        pool = Pool.empty(batch, width + (shape.levels - 1) * width * width, device)
         first_id = 0
-        for forward in range(self.num_forwards):
+        for forward in range(forwards):
             parents = beam.tokens.shape[1]
             found = propose(output, self.lm_head, width, self.policy)
             tokens, log_probs = (x.unflatten(0, (batch, parents)) for x in (found.tokens, found.log_probs))
-            last, two_levels = forward == self.num_forwards - 1, self._two_levels(forward)
+            last = forward == forwards - 1
+            two_levels = two_levels_last and last
             count = width if two_levels or not last else 0  # nothing grows from the last level
             chosen = expand(pool, beam, tokens, log_probs, first_id, count, first_slot=scratch.used)
             first_id += parents * width
             if two_levels:
-                self._last_level(pool, output, chosen, parents, first_id)
+                self._last_level(pool, output, chosen, width, parents, first_id)
             if last:
                 break
             origin = chosen.origins + parents * torch.arange(batch, device=device).unsqueeze(1)
@@ -140,14 +170,14 @@ class TreeDrafter:
             features = found.features[origin, source].flatten(0, 1)  # [B * K, C]
             # A level-1 node's input stands one position after its root's row.
             positions = roots.positions + 1 + forward
-            contrastive = self._two_levels(forward + 1)
+            contrastive = two_levels_last and forward == forwards - 2
             output = self._expand_beam(chosen, features, positions, scratch, cache, contrastive)
             beam = chosen
-        return TreeBatch(*rerank(pool, roots.tokens, self.config.node_budget, self.config.depth))
+        return TreeBatch(*rerank(pool, roots.tokens, self.config.node_budget, shape.levels))
 
-    def _two_levels(self, forward: int) -> bool:
-        """Whether the contrastive output of this forward gives the last level."""
-        return self.two_levels_last and forward == self.num_forwards - 1
+    def _two_levels_last(self, levels: int) -> bool:
+        """Whether the contrastive output of the last forward gives the last level."""
+        return self.head.spec.has_contrast and levels > 1
 
     def _expand_beam(
         self,
@@ -173,13 +203,13 @@ class TreeDrafter:
             contrastive=contrastive,
         )
 
-    def _last_level(self, pool: Pool, output: HeadOutput, beam: Beam, parents: int, first_id: int) -> None:
+    def _last_level(self, pool: Pool, output: HeadOutput, beam: Beam, width: int, parents: int, first_id: int) -> None:
         """The second level of the last forward: what the contrastive feature says of grandchildren.
 
         The candidates belong to the node that was expanded, so each child takes those of its own parent.
         """
         batch = beam.tokens.shape[0]
-        found = top_tokens(output.contrast(), self.lm_head, self.config.top_k)
+        found = top_tokens(output.contrast(), self.lm_head, width)
         tokens, log_probs = (x.unflatten(0, (batch, parents)) for x in found)
         rows = beam.origins
         if not self.gather_parents:

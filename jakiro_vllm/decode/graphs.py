@@ -116,6 +116,4 @@ class DraftGraphs:
         self.buffers.context_lens[batch:size].zero_()  # padding has no context to read
         replay, trees = self.graphs[size]
         replay()
-        return TreeBatch(
-            *(t[:batch] for t in (trees.tokens, trees.parents, trees.depths, trees.ancestors, trees.num_nodes))
-        )
+        return trees.first(batch)

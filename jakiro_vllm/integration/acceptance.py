@@ -119,7 +119,7 @@ class AcceptanceMeter:
 
         Args:
             head: a folder; of as many query heads as the engine's first head.
-            tree: of at most as many nodes as the engine was made with.
+            tree: of at most as many nodes as the engine was made with; always of that size, whatever the load.
         """
         proposer = self.runner.drafter
         old: TreeDrafter = proposer.drafter
@@ -129,7 +129,7 @@ class AcceptanceMeter:
         new.rotary_table = old.head.rotary_table
         proposer.drafter = TreeDrafter(new, tree, old.embed, old.lm_head)
         proposer.tree_config = tree
-        self.runner._store = None
+        self.runner._store = self.runner.pacer = None
         self.llm.reset_prefix_cache()  # it holds the other head's keys
         return proposer.drafter
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from jakiro_vllm.cache.commit import moved_rows
+from jakiro_vllm.decode.drafter import DraftShape, Roots
 from jakiro_vllm.integration.cpu_attention import TreeCPUAttentionBackend, TreeRows, make_tree_jobs
-from jakiro_vllm.integration.head_cache import CPUHeadCache
+from jakiro_vllm.integration.head_cache import CPUHeadCache, NoPages
+from jakiro_vllm.integration.pacing import make_pacer, time_rows
 from jakiro_vllm.integration.runner import JakiroRunnerMixin, Step
 
 
@@ -17,6 +20,32 @@ class JakiroCPUModelRunner(JakiroRunnerMixin, CPUModelRunner):
     """vLLM's CPU runner V1 with trees."""
 
     tree_backend = TreeCPUAttentionBackend
+
+    @torch.inference_mode()
+    def time_steps(self) -> None:
+        """Times verification and draft by rows, where trees adapt to the load; takes a few seconds.
+
+        Attention is left out: it follows the contexts, which steps will teach.
+        """
+        config, drafter = self.drafter.tree_config, self.drafter.drafter
+        if not config.adaptive:
+            return
+
+        def verify(rows: int) -> None:
+            hidden, _ = self._dummy_run(rows)
+            self.model.compute_logits(hidden)
+
+        def draft(rows: int) -> None:
+            x = torch.zeros(rows, drafter.head.spec.hidden_size, dtype=drafter.head.fc.weight.dtype)
+            zeros = torch.zeros(rows, dtype=torch.int64)
+            drafter.grow(Roots(x, zeros, zeros), NoPages(), DraftShape(1, 1))
+
+        requests = self.max_num_reqs
+        self.pacer = make_pacer(
+            drafter,
+            time_rows(verify, min(self.max_num_tokens, requests * config.num_nodes)),
+            time_rows(draft, requests * config.top_k),
+        )
 
     def _attach_trees(self, step: Step | None, per_layer: dict[str, Any]) -> None:
         if step is None or step.ancestors is None or step.depths is None:

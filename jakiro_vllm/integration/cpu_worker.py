@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker import cpu_worker
@@ -39,3 +41,10 @@ class JakiroCPUWorker(CPUWorker):
         finally:
             cpu_worker.CPUModelRunner = original
         tree_attention.prepare()
+
+    def compile_or_warm_up_model(self) -> Any:
+        """As vLLM's; then steps are timed."""
+        taken = super().compile_or_warm_up_model()
+        runner: Any = self.model_runner
+        runner.time_steps()
+        return taken

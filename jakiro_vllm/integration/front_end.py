@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +93,12 @@ def _select(args: EngineArgs, target: ModelConfig, parallel: ParallelConfig) -> 
     budget = given.get("num_speculative_tokens")
     config = TreeConfig.from_dict(tree | ({} if budget is None else {"node_budget": budget}))
     worker = choose_worker()
+    if config.adaptive and worker != WORKERS["cpu"]:
+        raise JakiroConfigError(
+            "tree.adaptive works on vLLM's CPU platform only, so far; leave it out, and trees are as configured"
+        )
+    if config.adaptive is None:
+        config = replace(config, adaptive=worker == WORKERS["cpu"])
     check_target(args, target, parallel, worker)
     folder = locate_head(name, target.model, args.download_dir)
     spec = read_spec(folder)

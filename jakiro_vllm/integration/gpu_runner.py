@@ -17,7 +17,7 @@ from vllm.distributed.parallel_state import graph_capture
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from jakiro_vllm.decode.drafter import Roots
+from jakiro_vllm.decode.drafter import DraftShape, Roots
 from jakiro_vllm.decode.graphs import BATCH_SIZES, CUDARecorder, DraftGraphs, DraftInput, Recorder
 from jakiro_vllm.integration.gpu_attention import TreeTritonAttentionBackend
 from jakiro_vllm.integration.head_cache import GPUHeadCache, NoPages
@@ -179,7 +179,7 @@ class GPUTreesMixin(JakiroRunnerMixin):
     def _head_cache(self, metadata: Any, requests: Tensor, context_lens: Tensor, slots: Tensor) -> GPUHeadCache:
         return GPUHeadCache(self.drafter.attention, metadata.block_table[requests], context_lens.int(), slots)
 
-    def _grow(self, roots: Roots, cache: Any) -> TreeBatch:
+    def _grow(self, roots: Roots, cache: Any, shape: DraftShape) -> TreeBatch:
         given = DraftInput(roots, cache.block_tables, cache.context_lens)
         if self._graphs is not None and self._graphs.fits(roots.x.shape[0]):
             return self._graphs(given)

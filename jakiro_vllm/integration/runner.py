@@ -22,11 +22,12 @@ from vllm.v1.outputs import DraftTokenIds, LogprobsTensors, SamplerOutput
 from vllm.v1.sample.metadata import SamplingMetadata
 
 from jakiro_vllm.cache.commit import CommittedRows, committed_rows
-from jakiro_vllm.decode.drafter import HeadCache, Roots, RoundInput
+from jakiro_vllm.decode.drafter import DraftShape, HeadCache, Roots, RoundInput
 from jakiro_vllm.decode.store import TreeStore
 from jakiro_vllm.integration.layers import check_layers
+from jakiro_vllm.integration.pacing import Pacer
 from jakiro_vllm.integration.proposer import HEAD_LAYER, JakiroProposer
-from jakiro_vllm.integration.sampling import processors_after
+from jakiro_vllm.integration.sampling import GREEDY_BELOW, processors_after
 from jakiro_vllm.integration.scheduler import DraftTrees
 from jakiro_vllm.transfer import upload
 from jakiro_vllm.tree.batch import TreeBatch, row_topology
@@ -81,6 +82,8 @@ class JakiroRunnerMixin:
     uniform_drafts = False
     _step: Step | None = None
     _store: TreeStore | None = None
+    #: Adapts the trees to the load; None where they are as configured.
+    pacer: Pacer | None = None
 
     # What a platform brings
 
@@ -107,9 +110,9 @@ class JakiroRunnerMixin:
         """Walks every tree along the target's samples."""
         return self._walk_by_levels(step, logits)
 
-    def _grow(self, roots: Roots, cache: HeadCache) -> TreeBatch:
+    def _grow(self, roots: Roots, cache: HeadCache, shape: DraftShape) -> TreeBatch:
         """Grows the next trees."""
-        return self.drafter.drafter.grow(roots, cache)
+        return self.drafter.drafter.grow(roots, cache, shape)
 
     # Set-up
 
@@ -130,11 +133,17 @@ class JakiroRunnerMixin:
 
     def shutdown(self) -> None:
         """As vLLM's, which frees the target's memory for who goes on in this process; the head's too."""
-        self._step = self._store = None
+        self._step = self._store = self.pacer = None
         self.drafter.release()
         super().shutdown()  # type: ignore[misc]
 
     # Inputs
+
+    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM's; a step begins."""
+        if self.pacer is not None:
+            self.pacer.begin()
+        return super().execute_model(*args, **kwargs)  # type: ignore[misc]
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
         """Moves tree rows to the positions of their depths; slots stay where vLLM computed them."""
@@ -254,10 +263,10 @@ class JakiroRunnerMixin:
         step, self._step = self._step, None
         assert step is not None and step.metadata is not None
         names = self.input_batch.req_ids
+        drafting, shape = self._plan_draft(step, names, sampled_token_ids)
         rows = self._committed(step, sampled_token_ids)
         positions = step.base[rows.requests] + rows.offsets
         next_tokens = self.input_batch.token_ids_cpu_tensor[rows.requests, positions + 1].long()
-        drafting = [i for i, tokens in enumerate(sampled_token_ids) if tokens and self._may_draft(names[i])]
         chosen = torch.tensor(drafting, dtype=torch.int64)
         next_tokens, positions = upload(torch.stack([next_tokens, positions]), self.device)
         last = rows.last[chosen]
@@ -269,10 +278,38 @@ class JakiroRunnerMixin:
         x = drafter.observe(RoundInput(hidden_states[rows.sources], next_tokens, positions), cache)
         drafts: list[list[int]] = [[] for _ in names]
         if drafting:
-            trees = first_ranks(self._grow(Roots(x[last], next_tokens[last], positions[last]), cache))
-            for i, tokens in zip(drafting, self.tree_store.put([names[i] for i in drafting], trees), strict=True):
+            roots = Roots(x[last], next_tokens[last], positions[last])
+            growing = [names[i] for i in drafting]
+            if self.pacer is None:
+                trees = self._grow(roots, cache, shape)
+            else:
+                random, others = self._random(growing), len(names) - len(growing)
+                trees = self.pacer.grow(growing, shape, random, others, lambda: self._grow(roots, cache, shape))
+            trees = first_ranks(trees)
+            for i, tokens in zip(drafting, self.tree_store.put(growing, trees), strict=True):
                 drafts[i] = tokens
         return drafts
+
+    def _plan_draft(
+        self, step: Step, names: Sequence[str], sampled_token_ids: list[list[int]]
+    ) -> tuple[list[int], DraftShape]:
+        """Which requests get trees, and of which shape."""
+        drafting = [i for i, tokens in enumerate(sampled_token_ids) if tokens and self._may_draft(names[i])]
+        full = self.drafter.drafter.full
+        if self.pacer is None:
+            return drafting, full
+        assert step.accepted is not None
+        rows = None if step.prefix_lens.any() else int(step.row_counts.sum())
+        self.pacer.verified(names, step.trees, step.has_tree, rows, step.accepted, self._random(names))
+        if not drafting:
+            return drafting, full
+        shape, count = self.pacer.plan(len(drafting), len(names) - len(drafting))
+        return drafting[:count], shape or full
+
+    def _random(self, names: Sequence[str]) -> Tensor:
+        """``[B] bool`` whether the requests sample."""
+        params = [self.requests[name].sampling_params for name in names]
+        return torch.tensor([p is not None and p.temperature >= GREEDY_BELOW for p in params])
 
     def _committed(self, step: Step, sampled_token_ids: list[list[int]]) -> CommittedRows:
         """The rows that stay; a request whose sample was discarded keeps its prompt chunk."""
@@ -310,6 +347,8 @@ class JakiroRunnerMixin:
     def _on_request_state_removed(self, req_id: str, req_state: Any) -> None:
         super()._on_request_state_removed(req_id, req_state)  # type: ignore[misc]
         self.tree_store.discard(req_id)
+        if self.pacer is not None:
+            self.pacer.forget(req_id)
 
     def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
         """As vLLM's, which would rewind the generators of discarded samples; here they drew nothing.

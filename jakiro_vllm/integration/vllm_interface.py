@@ -292,6 +292,15 @@ ENTRIES: tuple[Entry, ...] = (
         ("vllm.config:CompilationConfig", ATTRIBUTES, "static_forward_context"),
     ),
     *_needed_to(
+        "adapt trees to the load",
+        CPU,
+        (f"{_RUNNER}.execute_model", OVERRIDDEN, "self scheduler_output intermediate_tensors"),
+        (f"{_RUNNER}._dummy_run", CALLED, "self num_tokens"),
+        (f"{_RUNNER}.__init__", STORES, "max_num_tokens max_num_reqs"),
+        (f"{_CPU_WORKER}:CPUWorker.compile_or_warm_up_model", OVERRIDDEN, "self"),
+        ("vllm.sampling_params:SamplingParams", ATTRIBUTES, "temperature"),
+    ),
+    *_needed_to(
         "build the CPU runner with trees",
         CPU,
         (f"{_CPU_WORKER}:CPUWorker.init_device", OVERRIDDEN, "self"),

@@ -12,7 +12,8 @@ from torch import Tensor
 class TreeBatch:
     """One token tree per sequence. Node 0 is the root: the last emitted token, whose KV is not computed yet.
 
-    Nodes are in topological order (a parent precedes its children), so every prefix of a tree is a tree.
+    Nodes are in topological order (a parent precedes its children), so every prefix of a tree is a tree. Those of a
+    draft are in the order of their scores, so it is also the best tree of its size.
 
     Attributes:
         tokens: ``[B, N] int64``.
@@ -20,6 +21,7 @@ class TreeBatch:
         depths: ``[B, N] int64`` edges from the root.
         ancestors: ``[B, N] int64`` bit j of a word is set when node j is the node itself or an ancestor.
         num_nodes: ``[B] int64`` valid nodes, at least 1; later columns hold padding.
+        scores: ``[B, N] float32`` the draft's log-probability of the path to each node; None where nobody asks.
     """
 
     tokens: Tensor
@@ -27,6 +29,7 @@ class TreeBatch:
     depths: Tensor
     ancestors: Tensor
     num_nodes: Tensor
+    scores: Tensor | None = None
 
     @property
     def batch_size(self) -> int:
@@ -37,6 +40,12 @@ class TreeBatch:
     def width(self) -> int:
         """Columns, padding included."""
         return self.tokens.shape[1]
+
+    def first(self, batch: int) -> TreeBatch:
+        """The first ``batch`` trees, as views."""
+        tokens, parents, depths = self.tokens[:batch], self.parents[:batch], self.depths[:batch]
+        scores = None if self.scores is None else self.scores[:batch]
+        return TreeBatch(tokens, parents, depths, self.ancestors[:batch], self.num_nodes[:batch], scores)
 
     def select(self, rows: Tensor) -> TreeBatch:
         """Returns the trees at ``rows [B'] int64``."""

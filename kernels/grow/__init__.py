@@ -136,10 +136,11 @@ def expand(
 
 def rerank(
     pool: Pool, root_tokens: Tensor, node_budget: int, max_depth: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Keeps the best ``node_budget`` candidates of all levels as a tree, in one launch.
 
-    N is ``min(node_budget, M) + 1``. Nodes are in topological order; a candidate of score -inf is never kept.
+    N is ``min(node_budget, M) + 1``. Nodes come in the order of their scores, which is topological, so the first n
+    are the best tree of n nodes; a candidate of score -inf is never kept.
 
     Args:
         pool: all of it is filled; scores do not rise from parent to child.
@@ -148,10 +149,10 @@ def rerank(
         max_depth: number of levels, at least 1.
 
     Returns:
-        ``(tokens [B, N], parents [B, N], depths [B, N], ancestors [B, N], num_nodes [B])``, all int64: tokens
-        from the root, node indices of the parents (-1 for the root), edges from the root, words of which bit j
-        is set for node j on the path from the root, and the number of nodes. Columns past it hold a child of the
-        root with token -1.
+        ``(tokens [B, N], parents [B, N], depths [B, N], ancestors [B, N], num_nodes [B], scores [B, N])``, int64
+        and float32: tokens from the root, node indices of the parents (-1 for the root), edges from the root, words
+        of which bit j is set for node j on the path from the root, the number of nodes, and the candidates' scores,
+        0 for the root. Columns past the number hold a child of the root with token -1 and score -inf.
 
     Raises:
         ValueError: on shapes or dtypes that do not fit together, on a budget outside its range and on more than

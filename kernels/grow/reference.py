@@ -55,16 +55,14 @@ def expand_reference(
 
 def rerank_reference(
     scores: Tensor, tokens: Tensor, parent_ids: Tensor, root_tokens: Tensor, node_budget: int, max_depth: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Keeps the best candidates as trees; see ``rerank``."""
     batch, total = scores.shape
     budget = min(node_budget, total)
-    order = scores.sort(dim=1, descending=True, stable=True).indices[:, :budget]
-    missing = scores.gather(1, order).isneginf()
-    kept = order.masked_fill(missing, total).sort(dim=1).values  # [B, budget] in topological order
-    num_nodes = 1 + (~missing).sum(dim=1)
-    padding = kept == total
-    kept = kept.clamp(max=total - 1)
+    # [B, budget]; a parent comes before its children, being no worse and earlier
+    node_scores, kept = (x[:, :budget] for x in scores.sort(dim=1, descending=True, stable=True))
+    padding = node_scores.isneginf()
+    num_nodes = 1 + (~padding).sum(dim=1)
 
     # Where a candidate ended up in the tree; one extra column receives the padding.
     positions = torch.zeros(batch, total + 1, dtype=torch.int64, device=scores.device)
@@ -77,7 +75,8 @@ def rerank_reference(
     nodes = torch.cat([root, tokens.gather(1, kept).masked_fill(padding, -1)], dim=1)
     jumps = torch.cat([torch.zeros_like(root), above], dim=1)  # the root's leads to itself
     parents = torch.cat([torch.full_like(root, -1), above], dim=1)
-    return nodes, parents, *_paths(jumps, max_depth), num_nodes
+    node_scores = torch.cat([torch.zeros_like(root, dtype=scores.dtype), node_scores], dim=1)
+    return nodes, parents, *_paths(jumps, max_depth), num_nodes, node_scores
 
 
 def _paths(jumps: Tensor, max_depth: int) -> tuple[Tensor, Tensor]:

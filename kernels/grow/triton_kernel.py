@@ -102,6 +102,7 @@ def rerank_kernel(
     p_roots,  # [B] int64
     p_nodes,  # [4, B, N] int64: tokens, parents, depths, ancestors
     p_num_nodes,  # [B] int64
+    p_node_scores,  # [B, N] float32
     M,
     N,
     STEPS: tl.constexpr,
@@ -115,20 +116,13 @@ def rerank_kernel(
     scores = tl.load(p_scores + b * M + o_m, mask=m_m, other=0.0)
     values = tl.where(m_m, ordered(scores), LOWEST)
 
-    # Candidate indices: the root's is -1, and what is no candidate comes after all.
+    # Candidate indices, the best first: the root's is -1, and what is no candidate comes after all.
     o_n = tl.arange(0, BLOCK_N)
-    chosen = tl.where(o_n == 0, -1, NOWHERE)
+    kept = tl.where(o_n == 0, -1, NOWHERE)
     for n in range(1, N):
         best, first = first_best(values, o_m)
-        chosen = tl.where(o_n == n, tl.where(best > LEAST, first, NOWHERE), chosen)
+        kept = tl.where(o_n == n, tl.where(best > LEAST, first, NOWHERE), kept)
         values = tl.where(o_m == first, LOWEST, values)
-
-    # Sorting by index is sorting topologically: each one's place is the number of those before it.
-    before = (chosen[:, None] < chosen[None, :]) | (
-        (chosen[:, None] == chosen[None, :]) & (o_n[:, None] < o_n[None, :])
-    )
-    place = tl.sum(before.to(tl.int32), axis=0)  # [BLOCK_N]
-    kept = tl.sum(tl.where(place[:, None] == o_n[None, :], chosen[:, None], 0), axis=0)  # [BLOCK_N]
     m_n = (kept >= 0) & (kept < NOWHERE)
     tl.store(p_num_nodes + b, 1 + tl.sum(m_n.to(tl.int64), axis=0))
 
@@ -152,6 +146,8 @@ def rerank_kernel(
     tl.store(p_nodes + part + o_node, tl.where(o_n == 0, -1, parent).to(tl.int64), mask=o_n < N)
     tl.store(p_nodes + 2 * part + o_node, depth.to(tl.int64), mask=o_n < N)
     tl.store(p_nodes + 3 * part + o_node, word, mask=o_n < N)
+    score = tl.load(p_scores + b * M + kept, mask=m_n, other=float("-inf"))
+    tl.store(p_node_scores + o_node, tl.where(o_n == 0, 0.0, score), mask=o_n < N)
 
 
 def launch_expand(
@@ -200,12 +196,13 @@ def launch_expand(
 
 def launch_rerank(
     scores: Tensor, tokens: Tensor, parent_ids: Tensor, root_tokens: Tensor, node_budget: int, max_depth: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launches the kernel; see ``rerank``."""
     batch, total = scores.shape
     size = min(node_budget, total) + 1
     nodes = torch.empty(4, batch, size, dtype=torch.int64, device=scores.device)
     num_nodes = torch.empty(batch, dtype=torch.int64, device=scores.device)
+    node_scores = torch.empty(batch, size, dtype=torch.float32, device=scores.device)
     constants = _rerank_constants(total, size, max_depth)
     if batch:
         rerank_kernel[(batch,)](
@@ -215,13 +212,14 @@ def launch_rerank(
             root_tokens.contiguous(),
             nodes,
             num_nodes,
+            node_scores,
             total,
             size,
             **constants,
             num_warps=choosing_warps(constants["BLOCK_M"]),
         )
     node_tokens, parents, depths, ancestors = nodes.unbind()
-    return node_tokens, parents, depths, ancestors, num_nodes
+    return node_tokens, parents, depths, ancestors, num_nodes, node_scores
 
 
 def _expand_blocks(candidates: int, count: int) -> dict[str, int]:
@@ -260,7 +258,7 @@ def variants() -> list[Variant]:
             )
         )
     pointers = {"p_scores": "*fp32", "p_tokens": "*i64", "p_parent_ids": "*i64", "p_roots": "*i64"}
-    pointers |= {"p_nodes": "*i64", "p_num_nodes": "*i64"}
+    pointers |= {"p_nodes": "*i64", "p_num_nodes": "*i64", "p_node_scores": "*fp32"}
     for total, size, max_depth in ((84, 17, 6), (610, 64, 7), (4032, 64, 16)):
         constants = _rerank_constants(total, size, max_depth)
         found.append(

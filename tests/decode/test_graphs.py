@@ -160,7 +160,7 @@ def test_replays_give_what_drafting_gives(make_drafter: Callable[..., TreeDrafte
         assert not seen[-1][batch:].any(), "padding has no context"
         expected = drafter.grow(given.roots, NoContext())
         for name, value in vars(expected).items():
-            assert torch.equal(getattr(found, name), value), name
+            torch.testing.assert_close(getattr(found, name), value, msg=name)  # scores: padding may round otherwise
     assert recorder.replays == 6
     assert not graphs.fits(9)
 

@@ -69,7 +69,7 @@ def begin(worker: Any, what: str) -> None:
     elif what == "other ranks' trees":  # only the first rank grows the trees that it should
         grow = runner._grow
         if worker.rank:
-            runner._grow = lambda roots, cache: replace(trees := grow(roots, cache), tokens=trees.tokens.flip(1))
+            runner._grow = lambda *given: replace(trees := grow(*given), tokens=trees.tokens.flip(1))
         runner.mend = lambda: setattr(runner, "_grow", grow)
     else:
         runner.mend = engine_session.sabotage(runner, what)

@@ -29,7 +29,7 @@ ENGINE = {
     "skip_tokenizer_init": True,
     "seed": 0,
 }
-TREE = {"num_speculative_tokens": 20, "tree": {"depth": 6, "top_k": 4}}
+TREE = {"num_speculative_tokens": 20, "tree": {"depth": 6, "top_k": 4, "adaptive": False}}
 #: Budgets that hold every prompt, for plain vLLM (see conftest), and that chunk prompts and cut trees.
 PLAIN_TOKENS, TREE_TOKENS = 6 * 256, 100
 FEW = 4

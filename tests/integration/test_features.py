@@ -218,7 +218,7 @@ def answers(
         speculation | {"model": random_head(tmp_path_factory.mktemp("heads") / "head", **head)}
         for head in OTHER_HEADS.values()
     ]
-    heads[0] |= {"num_speculative_tokens": 63, "tree": {"depth": 6, "top_k": 12}}
+    heads[0] |= {"num_speculative_tokens": 63, "tree": {"depth": 6, "top_k": 12, "adaptive": False}}
     plain, jakiro, *others = run_engines(
         [
             (plain_engine | extra, phases),

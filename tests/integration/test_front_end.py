@@ -73,6 +73,7 @@ def test_flag_and_json_join() -> None:
         "depth": 4,
         "top_k": 3,
         "policy": "auto",
+        "adaptive": True,
     }
 
 
@@ -175,6 +176,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown tree key": ({"method": "jakiro", "tree": {"width": 3}}, r"unknown key.* width"),
     "unknown key": ({"method": "jakiro", "nodes": 3}, r"unknown key.* nodes"),
     "unknown policy": ({"method": "jakiro", "tree": {"policy": "best"}}, r"mixture, decoupled, got 'best'"),
+    "adaptive is a number": ({"method": "jakiro", "tree": {"adaptive": 1}}, r"adaptive must be true or false, got 1"),
     "tree is a number": ({"method": "jakiro", "tree": 6}, r"must be an object"),
 }
 

@@ -16,7 +16,7 @@ import pytest
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 SESSION = Path(__file__).with_name("interpreted_session.py")
-TREE = {"depth": 4, "top_k": 3}
+TREE = {"depth": 4, "top_k": 3, "adaptive": False}
 NODES = 9
 
 

@@ -77,7 +77,7 @@ def jobs(folder: Path) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
         "method": "jakiro",
         "model": str(head),
         "num_speculative_tokens": 20,
-        "tree": {"depth": 6, "top_k": 4},
+        "tree": {"depth": 6, "top_k": 4, "adaptive": False},
     }
     fresh = {"fresh_cache": True}
     greedy, seeded = ({"requests": requests(kind, adapters)} for kind in ("greedy", "seeded"))

@@ -30,7 +30,7 @@ ENGINE = {
     "skip_tokenizer_init": True,
     "seed": 0,
 }
-TREE = {"num_speculative_tokens": 20, "tree": {"depth": 6, "top_k": 4}}
+TREE = {"num_speculative_tokens": 20, "tree": {"depth": 6, "top_k": 4, "adaptive": False}}
 PHASES = ("greedy", "seeded", "mask")
 LENGTHS = (1, 17, 32, 33, 64, 100)
 

@@ -43,7 +43,10 @@ def answers(
 ) -> tuple[dict[str, Any], dict[tuple[str, str], Any]]:
     """Plain vLLM's answers by sampling, and those of vLLM with trees by sampling and shape."""
     asked = {"greedy": requests(source_tokens, GREEDY), "seeded": requests(source_tokens, SEEDED)}
-    largest = jakiro_engine["speculative_config"] | {"num_speculative_tokens": 63, "tree": {"depth": 16, "top_k": 3}}
+    largest = jakiro_engine["speculative_config"] | {
+        "num_speculative_tokens": 63,
+        "tree": {"depth": 16, "top_k": 3, "adaptive": False},
+    }
     phases = [
         {
             "requests": asked[sampling],

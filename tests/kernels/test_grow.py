@@ -260,7 +260,7 @@ def check_rerank(pool: Pool, budget: int, max_depth: int) -> tuple[Tensor, ...]:
     trees = rerank(pool, roots, budget, max_depth)
     width = 1 + min(budget, total)
     names = ("tokens", "parents", "depths", "ancestors")
-    assert all(tensor.dtype == torch.int64 for tensor in trees)
+    assert all(tensor.dtype == torch.int64 for tensor in trees[:5])
     for row in range(batch):
         candidates = candidates_of(pool, row)
         kept = rerank_reference(candidates, budget)
@@ -278,6 +278,7 @@ def check_rerank(pool: Pool, budget: int, max_depth: int) -> tuple[Tensor, ...]:
         for name, tensor, expected in zip(names, trees, wanted, strict=False):
             assert tensor[row].tolist() == expected, name
         assert int(trees[4][row]) == count
+        assert trees[5][row].tolist() == [0.0, *(candidates[i].score for i in kept)] + [-INF] * padding
     return trees
 
 
@@ -345,7 +346,11 @@ def test_no_sequences(implementation: str) -> None:
     pool = Pool.empty(0, 6, "cpu")
     beam = expand(pool, Beam.root(0, "cpu"), torch.zeros(0, 1, 6, dtype=torch.int64), torch.zeros(0, 1, 6), 0, 2)
     assert beam.scores.shape == (0, 2)
-    assert [list(tensor.shape) for tensor in rerank(pool, torch.zeros(0).long(), 4, 1)] == [[0, 5]] * 4 + [[0]]
+    assert [list(tensor.shape) for tensor in rerank(pool, torch.zeros(0).long(), 4, 1)] == [
+        *[[0, 5]] * 4,
+        [0],
+        [0, 5],
+    ]
 
 
 def test_shapes_are_known_without_values() -> None:

@@ -81,6 +81,10 @@ def check_rerank(grown: tuple[Pool, list[Level]], budget: int) -> TreeBatch:
         assert trees.ancestors[row, :count].tolist() == [ancestor_word(node, parents) for node in range(count)]
         # Padding is no token that a target could sample.
         assert (trees.tokens[row, count:] == -1).all()
+        # The best first: so every prefix is the best tree of its size.
+        assert trees.scores is not None
+        assert trees.scores[row, :count].tolist() == [0.0, *(candidates[i].score for i in kept)]
+        assert trees.scores[row, count:].isneginf().all()
     return trees
 
 

@@ -76,8 +76,7 @@ class Candidate:
 def rerank_reference(candidates: Sequence[Candidate], budget: int) -> list[int]:
     """Which candidates a tree keeps: the best, and of equal ones the earlier."""
     possible = [i for i, candidate in enumerate(candidates) if candidate.score != float("-inf")]
-    kept = sorted(possible, key=lambda i: (-candidates[i].score, i))[:budget]
-    return sorted(kept)
+    return sorted(possible, key=lambda i: (-candidates[i].score, i))[:budget]
 
 
 def walk_reference(

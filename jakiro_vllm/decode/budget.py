@@ -1,0 +1,309 @@
+"""How much to draft: what a step costs, what its nodes will win, and the trees that make most tokens per second.
+
+A verification of more rows takes longer, a draft of more levels too, and what a node wins is the probability that the
+target's samples reach it. The more requests share a step, the sooner rows cost more than they win: so the best trees
+are large at a low load, narrow at a higher one, and none at all beyond. Three estimates, refined at every step, decide:
+
+* `RowTimes`: seconds of a verification, and of a forward of the draft head, by rows;
+* `Calibration`: how often nodes were accepted that the head gave a certain probability;
+* the latest trees of the full shape: what levels and candidates hold how much of that probability.
+
+Before a draft, `plan` chooses its shape; after it, `select` keeps the nodes, of all requests together, whose
+probabilities are worth their rows. Nothing here changes what is emitted: a tree is verified exactly, whatever its size.
+
+B requests, N nodes of a tree (root included), K knots of a table.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from jakiro_vllm.decode.drafter import DraftShape
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+Integers = NDArray[np.int64]
+
+#: Steps between probes: a full tree for one request where less is planned, so that its worth stays known; every fourth
+#: is a step without a draft, so that its cost does.
+PROBE_STEPS = 96
+#: Steps between those that verify only half of what seems best: around a best number of rows rates hardly differ, and
+#: it is found only if times on both sides of it are known.
+HALF_STEPS = 32
+#: Steps for which a plan holds.
+PLAN_STEPS = 8
+#: Trees whose nodes stand for those of the next draft.
+REMEMBERED_TREES = 24
+#: Trees without which nothing is planned.
+FIRST_TREES = 8
+
+
+class RowTimes:
+    """Seconds that a computation takes, by rows: lines between knots, and beyond the last one its proportion."""
+
+    #: How far one measurement moves the table towards itself, and the factor in rows at which 1/e of that is left.
+    RATE, REACH = 0.15, 5.0
+    #: A measurement further from the estimate than this factor counts as if it were this far: machines stall.
+    FURTHEST = 2.0
+
+    def __init__(self, rows: Sequence[int], seconds: Sequence[float]) -> None:
+        """Takes measurements.
+
+        Args:
+            rows: ``[K]`` ascending, at least one.
+            seconds: ``[K]`` positive.
+        """
+        self.rows = np.asarray(rows, dtype=np.float64)
+        self._logs = np.log(np.asarray(seconds, dtype=np.float64))
+
+    @property
+    def seconds(self) -> Floats:
+        """``[K]`` at the knots: what is nearest to the measurements and never falls (isotonic regression)."""
+        count = len(self._logs)
+        sums = np.concatenate([[0.0], self._logs.cumsum()])
+        first, end = np.arange(count)[:, None], np.arange(1, count + 1)[None, :]
+        means = np.where(end > first, (sums[end] - sums[first]) / np.maximum(end - first, 1), np.inf)
+        # of the means over all ranges around a knot, the highest by first element of the lowest by last
+        lowest = np.minimum.accumulate(means[:, ::-1], axis=1)[:, ::-1]
+        return np.exp([lowest[: i + 1, i].max() for i in range(count)])
+
+    def __call__(self, rows: ArrayLike) -> Floats:
+        """Seconds for any numbers of rows."""
+        numbers = np.asarray(rows, dtype=np.float64)
+        return np.interp(numbers, self.rows, self.seconds) * np.maximum(numbers / self.rows[-1], 1.0)
+
+    def learn(self, rows: int, seconds: float) -> None:
+        """Moves the table towards a measurement."""
+        off = float(np.clip(seconds / self(rows), 1 / self.FURTHEST, self.FURTHEST))
+        distance = np.abs(np.log(max(rows, 1) / self.rows)) / np.log(self.REACH)
+        self._logs += self.RATE * np.exp(-distance) * np.log(off)
+
+
+class Calibration:
+    """How often a node is accepted, by the log-probability that the head gave its path; greedy and random apart.
+
+    A greedy target takes its best token for certain, so a head's 0.6 may come true nine times of ten; and a head may
+    be too sure of itself. Counts fade, since texts differ.
+    """
+
+    CENTERS = -np.array([0.002, 0.01, 0.03, 0.08, 0.15, 0.25, 0.4, 0.6, 0.9, 1.3, 1.8, 2.4, 3.2, 4.2, 5.5, 7.5, 10.0])
+    #: What the head's own word counts for, in nodes.
+    PRIOR = 4.0
+    #: Of the counts, what one step leaves.
+    FADE = 0.998
+
+    def __init__(self) -> None:
+        self._seen = np.full((2, len(self.CENTERS)), self.PRIOR)
+        self._accepted = self.PRIOR * np.exp(np.broadcast_to(self.CENTERS, self._seen.shape))
+        self._edges = (self.CENTERS[1:] + self.CENTERS[:-1]) / 2
+
+    def learn(self, scores: Floats, accepted: Bools, random: Bools) -> None:
+        """Counts verified nodes.
+
+        Args:
+            scores: ``[M]`` log-probabilities of their paths.
+            accepted: ``[M]``.
+            random: ``[M]`` whether their requests sample.
+        """
+        places = random.astype(np.int64), np.searchsorted(-self._edges, -scores)
+        prior = self.PRIOR * np.exp(self.CENTERS)
+        self._seen += (1 - self.FADE) * (self.PRIOR - self._seen)
+        self._accepted += (1 - self.FADE) * (prior - self._accepted)
+        np.add.at(self._seen, places, 1.0)
+        np.add.at(self._accepted, places, accepted.astype(np.float64))
+
+    def __call__(self, scores: Floats, random: Bools) -> Floats:
+        """Probabilities of acceptance, never higher for a lower score.
+
+        Args:
+            scores: any shape, -inf for what is no node.
+            random: of a shape that broadcasts to it.
+        """
+        rates = self._accepted / self._seen
+        rates = np.minimum.accumulate(rates, axis=1)  # centers descend
+        bounded = np.maximum(scores, self.CENTERS[-1])
+        found = [np.interp(-bounded, -self.CENTERS, rates[kind]) for kind in (0, 1)]
+        return np.where(np.isneginf(scores), 0.0, np.where(random, found[1], found[0]))
+
+
+@dataclass(frozen=True)
+class _Remembered:
+    """One tree of the full shape: its draft nodes' log-probabilities, depths and breadths, and its request's kind.
+
+    A node's breadth is the highest rank among siblings on its path: a draft of width w has those below w.
+    """
+
+    scores: Floats
+    depths: Integers
+    breadths: Integers
+    random: bool
+
+
+class BudgetController:
+    """Chooses how much to draft, step by step."""
+
+    def __init__(
+        self, full: DraftShape, forwards: Callable[[int], int], verify: RowTimes, draft: RowTimes, other: float = 0.0
+    ) -> None:
+        """Starts from measurements.
+
+        Args:
+            full: the configured shape: no draft goes further.
+            forwards: of the head, by levels.
+            verify: seconds of a step up to its samples, by rows.
+            draft: seconds of one forward of the head, by rows.
+            other: seconds of the rest of a step.
+        """
+        self.full = full
+        self.forwards = forwards
+        self.verify = verify
+        self.draft = draft
+        self.calibration = Calibration()
+        widths = sorted({1, full.width // 2 or 1, full.width})
+        #: In the order in which a tie is decided: the less, the earlier.
+        self.shapes = [DraftShape(levels, width) for width in widths for levels in range(1, full.levels + 1)]
+        self._others: deque[float] = deque([other], maxlen=33)
+        self._trees: deque[_Remembered] = deque(maxlen=REMEMBERED_TREES)
+        self._plan: tuple[tuple[int, int], int, DraftShape | None] | None = None
+        self._steps = 0
+        self._probing = False
+
+    # What is learnt
+
+    def learn_verify(self, rows: int, seconds: float) -> None:
+        """Takes the time of a step whose rows were all roots and nodes, up to its samples."""
+        self.verify.learn(rows, seconds)
+
+    def learn_draft(self, shape: DraftShape, batch: int, seconds: float) -> None:
+        """Takes the time of a draft of so many trees."""
+        self.draft.learn(batch * shape.width, seconds / self.forwards(shape.levels))
+
+    def learn_other(self, seconds: float) -> None:
+        """Takes the time of a step outside verification and draft; the median counts, since servers wait."""
+        self._others.append(seconds)
+
+    def learn_trees(self, scores: Floats, accepted: Bools, random: Bools) -> None:
+        """Takes the outcome of a verification; see ``Calibration.learn``."""
+        if len(scores):
+            self.calibration.learn(scores, accepted, random)
+
+    # What is decided
+
+    def plan(self, drafting: int, others: int = 0) -> tuple[DraftShape | None, int]:
+        """The shape of the next draft.
+
+        Args:
+            drafting: requests that could have a tree.
+            others: rows of other requests in the next step.
+
+        Returns:
+            ``(shape or None for no draft, how many of the requests draft)``.
+        """
+        if len(self._trees) < FIRST_TREES:
+            return self.full, drafting
+        key = drafting, others
+        if self._plan is None or self._plan[0] != key or self._plan[1] <= 0:
+            self._plan = key, PLAN_STEPS, self._best_shape(drafting, others)
+        _, left, shape = self._plan
+        self._plan = key, left - 1, shape
+        self._steps += 1
+        self._probing = False
+        if self._steps % PROBE_STEPS == 0:
+            if self._steps % (4 * PROBE_STEPS) == 0:
+                return None, 0
+            if shape != self.full:
+                self._probing = True
+                return self.full, 1
+        return shape, drafting if shape else 0
+
+    def select(
+        self, shape: DraftShape, scores: Floats, depths: Integers, parents: Integers, random: Bools, others: int = 0
+    ) -> Integers:
+        """How many nodes each tree keeps, its best ones; B trees, all requests that are about to be verified.
+
+        Args:
+            shape: of their draft.
+            scores: ``[B, N]`` log-probabilities of the nodes' paths, descending, 0 for the root and -inf for padding.
+            depths: ``[B, N]``.
+            parents: ``[B, N]``, -1 for the root.
+            random: ``[B]`` whether the request samples.
+            others: rows of other requests in the next step.
+
+        Returns:
+            ``[B]`` draft nodes to keep, roots not counted.
+        """
+        if shape == self.full:
+            self._remember(scores, depths, parents, random)
+        batch = len(scores)
+        if self._probing:
+            return np.asarray(np.isfinite(scores[:, 1:]).sum(axis=1))
+        chances = self.calibration(scores[:, 1:], random[:, None])
+        order = np.argsort(-chances, axis=None, kind="stable")
+        order = order[chances.ravel()[order] > 0]
+        best, _ = self._best_count(chances.ravel()[order], 1.0, batch, others, self._draft_seconds(shape, batch))
+        if self._steps % HALF_STEPS == HALF_STEPS // 2:
+            best //= 2
+        kept = np.zeros(chances.size, dtype=bool)
+        kept[order[:best]] = True
+        return kept.reshape(chances.shape).sum(axis=1)
+
+    # How
+
+    @property
+    def other(self) -> float:
+        """Seconds of a step outside verification and draft."""
+        return float(np.median(self._others))
+
+    def _draft_seconds(self, shape: DraftShape, batch: int) -> float:
+        return self.forwards(shape.levels) * float(self.draft(batch * shape.width))
+
+    def _best_count(self, chances: Floats, per_tree: float, batch: int, others: int, draft: float) -> tuple[int, float]:
+        """``(nodes, tokens per second)`` where the rate is highest.
+
+        Args:
+            chances: ``[M]`` of nodes, descending.
+            per_tree: nodes of the next step that each of them stands for.
+            batch: requests that draft.
+            others: rows beside theirs.
+            draft: seconds of the draft.
+        """
+        counts = np.arange(len(chances) + 1) * per_tree
+        tokens = batch + others + np.concatenate([[0.0], chances.cumsum() * per_tree])
+        rates = tokens / (self.verify(batch + others + counts) + draft + self.other)
+        best = int(rates.argmax())
+        return best, float(rates[best])
+
+    def _best_shape(self, drafting: int, others: int) -> DraftShape | None:
+        rows = drafting + others
+        best, highest = None, float(rows / (self.verify(rows) + self.other))
+        scores, depths, breadths = (
+            np.concatenate([getattr(tree, name) for tree in self._trees]) for name in ("scores", "depths", "breadths")
+        )
+        random = np.concatenate([np.full(len(tree.scores), tree.random) for tree in self._trees])
+        chances = self.calibration(scores, random)
+        order = np.argsort(-chances, kind="stable")
+        chances, depths, breadths = chances[order], depths[order], breadths[order]
+        for shape in self.shapes:
+            inside = (depths <= shape.levels) & (breadths < shape.width)
+            seconds = self._draft_seconds(shape, drafting)
+            count, rate = self._best_count(chances[inside], drafting / len(self._trees), drafting, others, seconds)
+            if count and rate > highest:
+                best, highest = shape, rate
+        return best
+
+    def _remember(self, scores: Floats, depths: Integers, parents: Integers, random: Bools) -> None:
+        """Keeps a few trees of a draft of the full shape."""
+        for row in range(min(len(scores), 2)):
+            count = int(np.isfinite(scores[row]).sum())
+            breadths, children = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64)
+            for node in range(1, count):
+                parent = parents[row, node]
+                breadths[node] = max(breadths[parent], children[parent])
+                children[parent] += 1
+            nodes = slice(1, count)
+            self._trees.append(_Remembered(scores[row, nodes], depths[row, nodes], breadths[nodes], bool(random[row])))

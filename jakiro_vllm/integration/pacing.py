@@ -1,0 +1,134 @@
+"""Between the runner and the budget: the clock, and what is known of the trees that a step verified."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.distributed.parallel_state import get_tp_group
+from vllm.logger import init_logger
+
+from jakiro_vllm.decode.budget import BudgetController, Floats, RowTimes
+from jakiro_vllm.decode.drafter import DraftShape, TreeDrafter
+from jakiro_vllm.tree.batch import TreeBatch
+from jakiro_vllm.tree.walk import Accepted
+
+logger = init_logger("vllm.plugins.jakiro.pacing")
+
+#: Runs of which the fastest counts, and seconds of a run beyond which no larger one is timed.
+RUNS, LONGEST = 3, 0.5
+
+
+class Pacer:
+    """Times the steps of a runner on a platform where a call returns when its work is done."""
+
+    def __init__(self, controller: BudgetController) -> None:
+        self.controller = controller
+        self._scores: dict[str, Floats] = {}
+        now = time.perf_counter()
+        self._began = self._verified = self._ended = now
+        self._drafted = 0.0
+
+    def begin(self) -> None:
+        """A step begins."""
+        now = time.perf_counter()
+        self.controller.learn_other((now - self._began) - (self._verified - self._began) - self._drafted)
+        self._began, self._drafted = now, 0.0
+
+    def verified(
+        self,
+        names: Sequence[str],
+        trees: TreeBatch,
+        has_tree: Tensor,
+        rows: int | None,
+        accepted: Accepted,
+        random: Tensor,
+    ) -> None:
+        """The step's samples are there.
+
+        Args:
+            names: of the B requests.
+            trees: that were verified.
+            has_tree: ``[B] bool``.
+            rows: of the step, if all of them were roots and nodes; None otherwise.
+            accepted: paths.
+            random: ``[B] bool`` whether the request samples.
+        """
+        self._verified = time.perf_counter()
+        if rows is not None:
+            self.controller.learn_verify(rows, self._verified - self._began)
+        known = [i for i in has_tree.nonzero().flatten().tolist() if names[i] in self._scores]
+        if not known:
+            return
+        found: list[tuple[Floats, np.ndarray, np.ndarray]] = []
+        paths, counts = accepted.path.tolist(), accepted.num_accepted.tolist()
+        for i in known:
+            scores = self._scores[names[i]][1 : int(trees.num_nodes[i])]
+            hit = np.zeros(len(scores) + 1, dtype=bool)
+            hit[paths[i][1 : counts[i] + 1]] = True
+            offered = trees.tokens[i, 1 : len(scores) + 1].numpy() >= 0  # a grammar may have struck some
+            found.append((scores[offered], hit[1:][offered], np.full(int(offered.sum()), bool(random[i]))))
+        self.controller.learn_trees(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+
+    def plan(self, drafting: int, others: int) -> tuple[DraftShape | None, int]:
+        """As ``BudgetController.plan``; the first rank's on every rank, since all must launch the same."""
+        shape, count = self.controller.plan(drafting, others)
+        group = get_tp_group()
+        if group.world_size == 1:
+            return shape, count
+        packed = torch.tensor([shape.levels, shape.width, count] if shape else [0, 0, 0])
+        group.broadcast(packed)
+        levels, width, count = packed.tolist()
+        return DraftShape(levels, width) if levels else None, count
+
+    def grow(
+        self, names: Sequence[str], shape: DraftShape, random: Tensor, others: int, draft: Callable[[], TreeBatch]
+    ) -> TreeBatch:
+        """Times a draft, and keeps of its trees what is worth verifying."""
+        started = time.perf_counter()
+        trees = draft()
+        self._drafted = time.perf_counter() - started
+        self.controller.learn_draft(shape, trees.batch_size, self._drafted)
+        assert trees.scores is not None
+        scores = trees.scores.numpy().astype(np.float64)
+        kept = self.controller.select(
+            shape, scores, trees.depths.numpy(), trees.parents.numpy(), random.numpy(), others
+        )
+        self._scores.update(zip(names, scores, strict=True))
+        return replace(trees, num_nodes=torch.from_numpy(kept) + 1)
+
+    def forget(self, name: str) -> None:
+        """A request has ended."""
+        self._scores.pop(name, None)
+
+
+def fastest(run: Callable[[], object]) -> float:
+    """Seconds of the fastest of a few runs; the first one, which may set things up, does not count."""
+    run()
+    seconds = []
+    for _ in range(RUNS):
+        started = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def time_rows(run: Callable[[int], object], most: int) -> RowTimes:
+    """Times a computation at 1, 2, 4, ... rows up to ``most``, and stops where it takes long."""
+    rows, seconds = [1], [fastest(lambda: run(1))]
+    while rows[-1] < most and seconds[-1] < LONGEST:
+        rows.append(min(2 * rows[-1], most))
+        seconds.append(fastest(lambda: run(rows[-1])))
+    return RowTimes(rows, seconds)
+
+
+def make_pacer(drafter: TreeDrafter, verify: RowTimes, draft: RowTimes) -> Pacer:
+    """A pacer that starts from what was timed, and says so in the log."""
+    for what, times in (("a verification", verify), ("a forward of the head", draft)):
+        table = ", ".join(f"{r:.0f}: {1e3 * s:.2f}" for r, s in zip(times.rows, times.seconds, strict=True))
+        logger.info("Milliseconds of %s by rows: %s", what, table)
+    return Pacer(BudgetController(drafter.full, drafter.forwards, verify, draft))

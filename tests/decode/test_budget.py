@@ -1,0 +1,344 @@
+"""The budget against brute force, and in a simulated engine whose costs and acceptance are known."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from jakiro_vllm.decode.budget import PROBE_STEPS, BudgetController, Calibration, RowTimes
+from jakiro_vllm.decode.drafter import DraftShape
+
+FULL = DraftShape(levels=5, width=3)
+BUDGET = 16
+#: Different trees in the simulated engine.
+POOL = 48
+
+
+def forwards(levels: int) -> int:
+    return max(1, levels - 1)
+
+
+def doubling(most: int, seconds: Callable[[float], float]) -> RowTimes:
+    rows = [1 << i for i in range(most.bit_length())]
+    return RowTimes(rows, [seconds(row) for row in rows])
+
+
+# Times
+
+
+def test_times_lie_on_lines_between_measurements_and_in_proportion_beyond() -> None:
+    times = RowTimes([1, 2, 4], [1.0, 2.0, 8.0])
+    assert times([0.5, 1, 1.5, 3, 4, 8]).tolist() == pytest.approx([1.0, 1.0, 1.5, 5.0, 8.0, 16.0])
+
+
+def test_more_rows_never_take_less() -> None:
+    assert RowTimes([1, 2, 4], [1.0, 3.0, 2.0])([1, 2, 3, 4]).tolist() == pytest.approx([1.0, 6**0.5, 6**0.5, 6**0.5])
+
+
+def test_times_are_learnt(rng: np.random.Generator) -> None:
+    """Twice as slow everywhere, and rows dearer than measured."""
+    times = doubling(64, lambda rows: 1 + 0.01 * rows)
+    for _ in range(2000):
+        rows = int(rng.integers(1, 65))
+        times.learn(rows, (2 + 0.1 * rows) * rng.uniform(0.95, 1.05))
+    for rows in (1, 3, 10, 40, 64):
+        assert float(times(rows)) == pytest.approx(2 + 0.1 * rows, rel=0.05)
+
+
+def test_like_sizes_follow_a_measurement_and_others_do_not() -> None:
+    times = doubling(256, lambda rows: 1 + 0.1 * rows)
+    before = times([4, 8, 16, 256])
+    for _ in range(300):
+        times.learn(8, 3.6)
+    moved = times([4, 8, 16, 256]) / before
+    assert moved[1] == pytest.approx(2.0, rel=0.02)
+    assert 1.3 < moved[0] < 1.7
+    assert 1.3 < moved[2] < 1.7
+    assert moved[3] < 1.1
+
+
+def test_a_stall_moves_a_table_little() -> None:
+    times = doubling(64, lambda rows: 1 + 0.1 * rows)
+    before = float(times(8))
+    times.learn(8, 1000.0)
+    assert before < float(times(8)) < 1.3 * before
+
+
+# Probabilities
+
+
+def test_at_first_the_heads_word_counts() -> None:
+    scores = np.log(np.array([0.9, 0.5, 0.1]))
+    assert Calibration()(scores, np.zeros(3, dtype=bool)).tolist() == pytest.approx([0.9, 0.5, 0.1], abs=0.03)
+
+
+def test_probabilities_are_learnt_for_greedy_and_random_apart(rng: np.random.Generator) -> None:
+    """The greedy target follows the head more often than it says, the random one as it says."""
+    calibration = Calibration()
+    for _ in range(200):
+        said = rng.uniform(0.05, 0.95, 40)
+        random = rng.uniform(size=40) < 0.5
+        accepted = rng.uniform(size=40) < np.where(random, said, np.sqrt(said))
+        calibration.learn(np.log(said), accepted, random)
+    said = np.array([0.2, 0.5, 0.8])
+    found = [calibration(np.log(said), np.full(3, random)) for random in (False, True)]
+    assert found[0].tolist() == pytest.approx(np.sqrt(said).tolist(), abs=0.07)
+    assert found[1].tolist() == pytest.approx(said.tolist(), abs=0.07)
+
+
+def test_a_better_score_is_never_less_probable(rng: np.random.Generator) -> None:
+    calibration = Calibration()
+    for _ in range(50):
+        calibration.learn(-rng.exponential(2.0, 30), rng.uniform(size=30) < 0.5, np.zeros(30, dtype=bool))
+    found = calibration(np.linspace(0.0, -20.0, 300), np.zeros(300, dtype=bool))
+    assert (np.diff(found) <= 0).all()
+
+
+def test_what_is_no_node_has_no_chance() -> None:
+    assert Calibration()(np.array([-np.inf]), np.array([True])).tolist() == [0.0]
+
+
+# Nodes
+
+
+@dataclass
+class Trees:
+    """Trees of a draft, as the drafter returns them."""
+
+    scores: np.ndarray
+    depths: np.ndarray
+    parents: np.ndarray
+
+    def arguments(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        return self.scores, self.depths, self.parents, np.ones(len(self.scores), dtype=bool)
+
+
+@functools.cache
+def pool(sharpness: float, shape: DraftShape) -> Trees:
+    return grow(sharpness, POOL, shape, np.random.default_rng(3))
+
+
+def grow(sharpness: float, batch: int, shape: DraftShape, rng: np.random.Generator) -> Trees:
+    """Trees of a head that knows the target's probabilities: of a node's children the first has ``sharpness``."""
+    width = 1 + min(BUDGET, shape.width + (shape.levels - 1) * shape.width**2)
+    scores, depths, parents = (
+        np.full((batch, width), -np.inf),
+        np.ones((batch, width), int),
+        np.zeros((batch, width), int),
+    )
+    for row in range(batch):
+        beam, found = [(0.0, 0, -1)], [(0.0, 0, -1)]
+        for depth in range(1, shape.levels + 1):
+            level = []
+            for score, _, index in beam:
+                at = 0 if index < 0 else index
+                first = rng.uniform(max(0.0, 2 * sharpness - 1), min(1.0, 2 * sharpness))
+                chances = first * (1 - first) ** np.arange(shape.width)
+                level += [(score + float(np.log(max(c, 1e-9))), depth, at) for c in chances]
+            level.sort(key=lambda node: -node[0])
+            beam = [(score, d, len(found) + i) for i, (score, d, _) in enumerate(level[: shape.width])]
+            found += level
+        order = sorted(range(len(found)), key=lambda i: -found[i][0])[:width]
+        place = {old: new for new, old in enumerate(order)}
+        for new, old in enumerate(order):
+            score, depth, parent = found[old]
+            scores[row, new], depths[row, new], parents[row, new] = score, depth, place.get(parent, -1)
+    return Trees(scores, depths, parents)
+
+
+def walk(trees: Trees, kept: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draws paths: which nodes of all trees are accepted."""
+    accepted = []
+    for row, count in enumerate(kept):
+        hit, node = np.zeros(count + 1, dtype=bool), 0
+        while True:
+            children = [n for n in range(1, count + 1) if trees.parents[row, n] == node]
+            draw, chance = rng.uniform(), 0.0
+            for child in children:
+                chance += np.exp(trees.scores[row, child] - trees.scores[row, node])
+                if draw < chance:
+                    hit[child], node = True, child
+                    break
+            else:
+                break
+        accepted.append(hit[1:])
+    return np.concatenate(accepted)
+
+
+def make(per_row: float, per_forward_row: float, fixed: float = 1.0) -> BudgetController:
+    return BudgetController(
+        FULL,
+        forwards,
+        doubling(1024, lambda rows: fixed + per_row * rows),
+        doubling(256, lambda rows: 0.01 + per_forward_row * rows),
+    )
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("per_row", [0.001, 0.03, 0.2])
+@pytest.mark.parametrize("batch", [1, 2, 7])
+def test_the_chosen_nodes_make_most_tokens_per_second(per_row: float, batch: int, rng: np.random.Generator) -> None:
+    """No other numbers of nodes per tree have a higher rate; tried one more and one less in each, and all at once."""
+    controller, trees = make(per_row, 0.001), grow(0.6, batch, FULL, rng)
+    kept = controller.select(FULL, *trees.arguments())
+    chances = controller.calibration(trees.scores[:, 1:], np.ones((batch, 1), dtype=bool))
+    draft = forwards(FULL.levels) * float(controller.draft(batch * FULL.width))
+
+    def rate(counts: np.ndarray) -> float:
+        won = batch + sum(chances[row, :count].sum() for row, count in enumerate(counts))
+        return float(won / (controller.verify(batch + counts.sum()) + draft))
+
+    best = rate(kept)
+    changes = itertools.product((-1, 0, 1), repeat=batch) if batch < 5 else np.eye(batch, dtype=int).tolist()
+    for change in [*changes, *([n] * batch for n in range(-BUDGET, BUDGET))]:
+        other = np.clip(kept + np.array(change), 0, BUDGET)
+        assert rate(other) <= best + 1e-9
+
+
+def test_nodes_go_where_they_win_most(rng: np.random.Generator) -> None:
+    """One request's draft is sure of itself, the other's is not."""
+    sure, unsure = grow(0.95, 1, FULL, rng), grow(0.1, 1, FULL, rng)
+    trees = Trees(*(np.concatenate(pair) for pair in zip(vars(sure).values(), vars(unsure).values(), strict=True)))
+    kept = make(0.1, 0.001).select(FULL, *trees.arguments())
+    assert kept[0] > 2 * kept[1]
+
+
+def test_padding_is_never_kept(rng: np.random.Generator) -> None:
+    trees = grow(0.6, 2, FULL, rng)
+    trees.scores[1, 3:] = -np.inf
+    assert make(1e-6, 0.0).select(FULL, *trees.arguments()).tolist() == [BUDGET, 2]
+
+
+# Shapes
+
+
+def settled(controller: BudgetController, batch: int, rng: np.random.Generator, sharpness: float = 0.6) -> None:
+    """Shows it what full trees look like."""
+    for _ in range(20):
+        controller.select(FULL, *grow(sharpness, batch, FULL, rng).arguments())
+
+
+def test_the_first_draft_is_full() -> None:
+    assert make(10.0, 10.0).plan(4) == (FULL, 4)
+
+
+def test_cheap_rows_make_full_trees(rng: np.random.Generator) -> None:
+    controller = make(1e-5, 1e-5)
+    settled(controller, 1, rng)
+    assert controller.plan(1) == (FULL, 1)
+
+
+def test_dear_rows_make_none_but_for_a_probe_now_and_then(rng: np.random.Generator) -> None:
+    controller = make(1.0, 0.5, fixed=0.0)
+    settled(controller, 8, rng)
+    plans = [controller.plan(8) for _ in range(4 * PROBE_STEPS)]
+    assert set(plans) == {(None, 0), (FULL, 1)}
+    assert plans.count((FULL, 1)) == 3
+
+
+def test_in_between_drafts_are_narrower_or_shallower(rng: np.random.Generator) -> None:
+    controller = make(0.02, 0.01)
+    settled(controller, 8, rng)
+    shape, count = controller.plan(8)
+    assert count == 8
+    assert shape is not None
+    assert shape != FULL
+    assert shape.levels <= FULL.levels
+    assert shape.width <= FULL.width
+
+
+def test_a_plan_follows_the_load(rng: np.random.Generator) -> None:
+    controller = make(0.02, 0.005)
+    settled(controller, 1, rng)
+    shapes = [controller.plan(batch)[0] for batch in (1, 64, 1)]
+    assert shapes[0] == shapes[2] == FULL
+    assert shapes[1] != FULL
+
+
+# All of it
+
+
+@dataclass
+class World:
+    """What steps truly cost, which the controller has to find out."""
+
+    per_row: float
+    per_forward_row: float
+    sharpness: float
+
+    def seconds(self, rows: int, shape: DraftShape | None, batch: int) -> tuple[float, float]:
+        draft = forwards(shape.levels) * (0.01 + self.per_forward_row * batch * shape.width) if shape else 0.0
+        return 1.0 + self.per_row * max(0, rows - 16), draft
+
+    def trees(self, shape: DraftShape, batch: int, step: int) -> Trees:
+        """The same few in turn for every policy."""
+        found, chosen = pool(self.sharpness, shape), (step * batch + np.arange(batch)) % POOL
+        return Trees(found.scores[chosen], found.depths[chosen], found.parents[chosen])
+
+    def rate(self, controller: BudgetController | DraftShape | None, batch: int, steps: int) -> float:
+        """Expected tokens per second; of a fixed shape, all of whose nodes are verified, if no controller is given."""
+        rng = np.random.default_rng(1)
+        tokens, seconds, rows, trees, kept, shape, drafting = 0.0, 0.0, batch, None, None, None, 0
+        for step in range(steps):
+            offered = [] if trees is None else [trees.scores[b, 1 : kept[b] + 1] for b in range(drafting)]
+            emitted = batch + sum(float(np.exp(scores).sum()) for scores in offered)
+            verified = self.seconds(rows, None, batch)[0]
+            if isinstance(controller, BudgetController):
+                controller.learn_verify(rows, verified * rng.uniform(0.9, 1.1))
+                if trees is not None:
+                    accepted = walk(trees, kept, rng)
+                    controller.learn_trees(np.concatenate(offered), accepted, np.ones(len(accepted), dtype=bool))
+                shape, drafting = controller.plan(batch)
+            else:
+                shape, drafting = controller, batch if controller else 0
+            drafted = self.seconds(0, shape, drafting)[1]
+            if step >= steps // 3:  # the first third is for learning
+                tokens, seconds = tokens + emitted, seconds + verified + drafted
+            trees = self.trees(shape, drafting, step) if shape and drafting else None
+            rows = batch
+            if trees is not None:
+                kept = (np.isfinite(trees.scores).sum(axis=1) - 1).astype(int)
+                if isinstance(controller, BudgetController):
+                    controller.learn_draft(shape, drafting, drafted * rng.uniform(0.9, 1.1))
+                    kept = controller.select(shape, *trees.arguments(), others=batch - drafting)
+                rows += int(kept.sum())
+        return tokens / seconds
+
+
+@pytest.mark.parametrize("batch", [1, 4, 12])
+@pytest.mark.parametrize(
+    "world",
+    [World(0.002, 0.0005, 0.7), World(0.03, 0.004, 0.6), World(0.06, 0.03, 0.3), World(0.06, 0.002, 0.95)],
+    ids=["cheap", "middling", "hopeless", "sure"],
+)
+def test_no_fixed_policy_is_better(world: World, batch: int) -> None:
+    """Within 6%: probes, noise and learning have their price."""
+    rng = np.random.default_rng(2)
+    controller = BudgetController(  # measured on a machine that was busy
+        FULL,
+        forwards,
+        doubling(1024, lambda rows: world.seconds(rows, None, 1)[0] * rng.uniform(1.2, 1.8)),
+        doubling(256, lambda rows: (0.01 + world.per_forward_row * rows) * rng.uniform(1.2, 1.8)),
+    )
+    adaptive = world.rate(controller, batch, 3 * 192)
+    fixed = {name: world.rate(shape, batch, 3 * 48) for name, shape in FIXED.items()}
+    assert adaptive > 0.94 * max(fixed.values()), (adaptive, fixed)
+
+
+FIXED = {"plain": None, "chain": DraftShape(FULL.levels, 1), "short chain": DraftShape(2, 1), "tree": FULL}
+
+
+def test_control_no_fixed_policy_is_best_everywhere() -> None:
+    """Else the test above could pass without adapting."""
+    worlds = [(World(0.002, 0.0005, 0.7), 1), (World(0.06, 0.03, 0.3), 24), (World(0.06, 0.002, 0.95), 24)]
+    best = {max(FIXED, key=lambda name: world.rate(FIXED[name], batch, 60)) for world, batch in worlds}
+    assert len(best) > 1
