@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from jakiro_vllm.server import Completion, Server, running_servers
+from jakiro_vllm.server import Completion, Server
 
 sys.path.append(str(Path(__file__).resolve().parent / "shared"))
 
@@ -37,6 +37,7 @@ from sides import (
     markdown,
     new_figure,
     rotated,
+    running_sides,
     save_figure,
     server_arguments,
     write_report,
@@ -194,7 +195,7 @@ def main() -> int:
     chosen = chosen_sides(args, parser)
     arguments = {name: server_arguments(config, args, 1, args.max_tokens) for name, config in chosen.items()}
     prompts = held_out_texts(args.target, args.prompts, args.seed)
-    with tempfile.TemporaryDirectory() as folder, running_servers(args.target, arguments, Path(folder)) as servers:
+    with tempfile.TemporaryDirectory() as folder, running_sides(args.target, arguments, Path(folder)) as servers:
         rows = measure(servers, prompts, args.max_tokens, args.seed, args.warm_up)
     summary = summarise(rows, args.dtype)
     write_report(args.output, rows, conditions(args), summary, table_of(summary))

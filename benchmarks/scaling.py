@@ -6,7 +6,7 @@ One axis is varied at a time around a base point; the points of an axis take tur
 Needs vLLM's CPU build: on a GPU a draft is a CUDA graph, which ``benchmarks/kernels.py`` measures.
 
 - *draft*: ``TreeDrafter`` alone (observe and grow), with a random head of the pair's sizes, an LM head of any
-  vocabulary, and pages of any context; no engine.
+  vocabulary, multiplied as vLLM does it, and pages of any context; no engine.
 - *verify*: the target's forward with its LM head, sampling with the walk, and compaction, in vLLM's engine, which is
   told what trees to draft. Other vocabularies are random targets of the pair's sizes, an engine for each.
 - *engine draft* and *step*: what the same engine spent on its draft and in all.
@@ -126,17 +126,21 @@ class Draft:
     """A draft of random numbers, ready to run."""
 
     def __init__(self, spec: HeadSpec, point: Point, dtype: torch.dtype) -> None:
+        from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
         from jakiro_vllm.integration.head_cache import CPUHeadCache
 
         torch.manual_seed(0)
         spec = replace(spec, num_experts=point.experts)
         head = DraftHead(spec).requires_grad_(False).to(dtype)
         head.prepare_positions(point.context + MAX_DEPTH + 1)
-        matrix = torch.randn(point.vocabulary, spec.hidden_size).to(dtype)
-        self.drafter = TreeDrafter(head, point.tree, lambda ids: matrix[ids], lambda x: x @ matrix.T)
-        layer, count = Pages(spec, point, dtype), point.batch * COMMITTED
+        layer = torch.nn.Linear(spec.hidden_size, point.vocabulary, bias=False, dtype=dtype).requires_grad_(False)
+        dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
+        matrix, product = layer.weight, layer.cpu_linear
+        self.drafter = TreeDrafter(head, point.tree, lambda ids: matrix[ids], lambda x: product(x, matrix, None))
+        pages, count = Pages(spec, point, dtype), point.batch * COMMITTED
         requests = torch.full((point.batch,), point.context)
-        self.cache = CPUHeadCache(layer, layer.tables, requests, torch.zeros(count, dtype=torch.int64))
+        self.cache = CPUHeadCache(pages, pages.tables, requests, torch.zeros(count, dtype=torch.int64))
         positions = torch.arange(point.context - COMMITTED, point.context).repeat(point.batch)
         tokens = torch.randint(point.vocabulary, (count,))
         self.rows = RoundInput(torch.randn(count, spec.hidden_size).to(dtype), tokens, positions)
@@ -206,7 +210,7 @@ def engine_arguments(args: argparse.Namespace, axes: dict[str, tuple[int, ...]],
         "max_num_batched_tokens": max(2048, most * (MAX_NODE_BUDGET + 1), longest),
         "kv_cache_memory_bytes": args.kv_cache_bytes,
         "enable_prefix_caching": False,
-        "speculative_config": speculation | {"tree": {"depth": MAX_DEPTH, "top_k": TOP_K}},
+        "speculative_config": speculation | {"tree": {"depth": MAX_DEPTH, "top_k": TOP_K, "adaptive": False}},
     }
 
 

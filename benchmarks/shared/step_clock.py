@@ -22,6 +22,7 @@ PARTS = (
     "draft",
     "sampling",  # for trees: and the walk
     "compaction",
+    "adapting",  # of trees to the load
     "scheduler",
     "bookkeeping",  # of the engine core: all else
     "front end",  # detokenizing and handing out
@@ -85,6 +86,8 @@ class StepClock:
             self._time(self.runner, "_compact", "compaction")
             self._time(self.runner, "_grow", "draft")
             self.watch_drafter()
+            for name in ("verified", "plan", "grow") if self.runner.pacer is not None else ():
+                self._time(self.runner.pacer, name, "adapting")
         elif hasattr(self.runner, "drafter"):
             self._time(self.runner, "propose_draft_token_ids", "draft")
 
@@ -167,7 +170,10 @@ class EngineProcess:
         return found
 
     def use_tree(self, tree: TreeConfig | None) -> None:
-        """From now on drafts other trees, of at most the nodes that the engine was made for; None drafts nothing."""
+        """From now on drafts other trees, of at most the nodes that the engine was made for; None drafts nothing.
+
+        The engine's trees must not be adaptive.
+        """
         self._pool.submit(_use_tree, tree).result()
 
     def stop(self) -> None:
