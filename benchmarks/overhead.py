@@ -57,6 +57,7 @@ def start(chosen: dict[str, dict[str, Any] | None], args: argparse.Namespace) ->
             max_num_batched_tokens=max(2048, 256 * most),
             max_model_len=model_length(args.max_tokens),
             kv_cache_memory_bytes=args.kv_cache_bytes,
+            gpu_memory_utilization=0.1,  # of which every engine wants its own free at start
             enable_prefix_caching=False,
             **({} if speculation is None else {"speculative_config": speculation}),
         )
