@@ -117,7 +117,7 @@ def measure(servers: dict[str, Server], args: argparse.Namespace, folder: Path) 
             for side in rotated(servers, number):
                 found = run(side, concurrency, needed(concurrency, args))
                 row = {"side": side, "concurrency": concurrency, "round": number, "requests": found["completed"]}
-                rows.append(row | {name: round(found[name], 3) for name in FIGURES})
+                rows.append(row | {name: round(float(found[name]), 3) for name in FIGURES})
                 print(rows[-1], flush=True)
     return rows
 
