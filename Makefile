@@ -9,6 +9,8 @@ DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 # own CPU index. pip's usual settings and environment variables apply as well.
 PIP_ARGS ?=
 PYTEST_ARGS ?= -v --durations=10
+# Modules side by side; 0 runs one after the other in pytest's own process.
+TEST_WORKERS ?= 2
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 PAIR_ARGS ?=
@@ -36,7 +38,7 @@ demo: setup ## Serve the embedded model pair with and without trees and compare
 	$(BIN)/jakiro-vllm demo $(DEMO_ARGS)
 
 test: lint ## Run ruff, mypy and pytest; PYTEST_ARGS="-k walk" narrows it
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: setup ## Run ruff and mypy
 	$(BIN)/ruff check .

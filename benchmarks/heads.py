@@ -33,8 +33,9 @@ from jakiro_vllm.training.export import is_exported
 from jakiro_vllm.training.pair import HEAD, PairRecipe, make_answers
 from jakiro_vllm.training.settings import TrainSettings
 
-#: Node budget, depth and width of the trees that are verified.
-TREES = {"16 nodes": TreeConfig(16, 6, 4)}
+#: Node budget, depth and width of the trees that are verified. A dense head takes as many forwards for the second as
+#: jakiro for the first.
+TREES = {"depth 6": TreeConfig(16, 6, 4), "depth 5": TreeConfig(16, 5, 4)}
 TEMPERATURES = (0.0, 1.0)
 
 
@@ -115,7 +116,8 @@ def train(settings: TrainSettings, work: Path) -> None:
 
 def measure(runs: list[Run], work: Path, max_tokens: int) -> None:
     """Writes the tallies of every head beside it, unless they are there; all in one engine."""
-    waiting = [run for run in runs if not (work / "heads" / run.folder / "tallies.json").is_file()]
+    keys = {_key(name, temperature) for name in TREES for temperature in TEMPERATURES}
+    waiting = [run for run in runs if not keys <= set(tallies_of(run, work))]
     if not waiting:
         return
     from vllm import LLM, SamplingParams
@@ -135,21 +137,33 @@ def measure(runs: list[Run], work: Path, max_tokens: int) -> None:
     meter = AcceptanceMeter(llm)
     prompts = [prompt.tolist() for prompt in load_saved_prompts(work / "material" / "prompts").held_out]
     for run in waiting:
-        folder, found = work / "heads" / run.folder, {}
+        folder, found = work / "heads" / run.folder, tallies_of(run, work)
         for name, tree in TREES.items():
+            if all(_key(name, temperature) in found for temperature in TEMPERATURES):
+                continue
             drafter = meter.use(folder, replace(tree, policy=run.contestant.policy))
             for temperature in TEMPERATURES:
                 params = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=0)
                 tallies = [asdict(tally) for tally in meter.measure(prompts, params).tallies]
-                found[f"{name}, {temperature}"] = {"forwards": drafter.num_forwards, "tallies": tallies}
+                found[_key(name, temperature)] = {"forwards": drafter.num_forwards, "tallies": tallies}
         (folder / "tallies.json").write_text(json.dumps(found))
         print(f"measured {run.folder}", flush=True)
 
 
+def _key(tree: str, temperature: float) -> str:
+    return f"{tree}, {temperature}"
+
+
+def tallies_of(run: Run, work: Path) -> dict[str, Any]:
+    """What was measured of a head so far, by tree and temperature."""
+    file = work / "heads" / run.folder / "tallies.json"
+    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    return found
+
+
 def acceptance(run: Run, work: Path, key: str) -> Acceptance:
     """A measurement of one head."""
-    found = json.loads((work / "heads" / run.folder / "tallies.json").read_text())[key]
-    return Acceptance([Tally(**tally) for tally in found["tallies"]])
+    return Acceptance([Tally(**tally) for tally in tallies_of(run, work)[key]["tallies"]])
 
 
 def rows_of(runs: list[Run], work: Path) -> list[dict[str, Any]]:
@@ -157,10 +171,10 @@ def rows_of(runs: list[Run], work: Path) -> list[dict[str, Any]]:
     rows = []
     for run in runs:
         record = json.loads((work / "heads" / run.folder / "training.json").read_text())
-        measured = json.loads((work / "heads" / run.folder / "tallies.json").read_text())
+        measured = tallies_of(run, work)
         for name, tree in TREES.items():
             for temperature in TEMPERATURES:
-                key = f"{name}, {temperature}"
+                key = _key(name, temperature)
                 found = acceptance(run, work, key)
                 dense = acceptance(Run(CONTESTANTS[0], run.rollout, run.seed), work, key)
                 low, high = found.interval()

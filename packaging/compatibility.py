@@ -292,7 +292,12 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
             "It cannot branch.",
             _front("test_families_that_cannot_work_yet[Mamba]"),
         ),
-        Row("multimodal targets", "refused", "Images, audio and video have positions of their own."),
+        Row(
+            "multimodal targets",
+            "refused",
+            "Images, audio and video have positions of their own.",
+            _front("test_multimodal_targets_are_refused"),
+        ),
     ),
     "Parallelism and adapters": (
         Row(

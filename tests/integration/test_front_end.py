@@ -13,6 +13,7 @@ import pytest
 import torch
 import vllm.platforms
 from safetensors.torch import load_file, save_file
+from vllm.config import ModelConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -272,6 +273,13 @@ def test_families_that_cannot_work_yet(tmp_path: Path, family: str) -> None:
 def test_modes_that_cannot_work_yet(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(JakiroError, match=message):
         configure(**arguments, speculative_config={"method": "jakiro", "model": str(EMBEDDED_HEAD)})
+
+
+def test_multimodal_targets_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM cannot inspect a real one here, where torchvision is left out; so the embedded target says it is one."""
+    monkeypatch.setattr(ModelConfig, "is_multimodal_model", property(lambda self: True))
+    with pytest.raises(JakiroError, match=r"takes images, audio or video; serve it without speculation"):
+        configure(speculative_config={"method": "jakiro", "model": str(EMBEDDED_HEAD)})
 
 
 def test_lora_is_for_the_cpu_platform(monkeypatch: pytest.MonkeyPatch) -> None:
