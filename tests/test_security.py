@@ -20,7 +20,7 @@ STARTS_PROGRAMS = {
     "jakiro_vllm/cli.py",
     "jakiro_vllm/server.py",
     "jakiro_vllm/training/answers.py",
-    "kernels/tree_attention/native.py",
+    "kernels/native/__init__.py",
 }
 STARTERS = ("subprocess.run", "subprocess.Popen", "subprocess.call", "subprocess.check_call", "subprocess.check_output")
 EXECS = ("os.exec", "os.spawn", "os.posix_spawn")

@@ -192,16 +192,9 @@ class TreeDrafter:
         batch, width = beam.tokens.shape
         positions = positions.unsqueeze(1).expand(batch, width).flatten()
         x = self.head.fuse(self.embed(beam.tokens.flatten()), features)
-        keys, values = (t.unflatten(0, (batch, width)) for t in self.head.keys_values(x, positions))
-        scratch.append(keys, values)
-        return self.head.finish(
-            x,
-            positions,
-            lambda q: cache.attend(
-                q.unflatten(0, (batch, width)), scratch.keys, scratch.values, scratch.used, beam.words
-            ).flatten(0, 1),
-            contrastive=contrastive,
-        )
+        query = self.head.project(x, positions, *scratch.append(width)).unflatten(0, (batch, width))
+        attended = cache.attend(query, scratch.keys, scratch.values, scratch.used, beam.words)
+        return self.head.complete(x, attended.flatten(0, 1), contrastive)
 
     def _last_level(self, pool: Pool, output: HeadOutput, beam: Beam, width: int, parents: int, first_id: int) -> None:
         """The second level of the last forward: what the contrastive feature says of grandchildren.
@@ -227,9 +220,8 @@ class Scratch:
         self.values = like.new_empty(shape)
         self.used = 0
 
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        """Stores ``[B, K, G, D]`` keys and values of the next level."""
-        end = self.used + keys.shape[1]
-        self.keys[:, self.used : end] = keys
-        self.values[:, self.used : end] = values
-        self.used = end
+    def append(self, width: int) -> tuple[Tensor, Tensor]:
+        """``([B, K, G, D], [B, K, G, D])`` where the next level's keys and values are to be written."""
+        level = slice(self.used, self.used + width)
+        self.used += width
+        return self.keys[:, level], self.values[:, level]

@@ -15,11 +15,14 @@ from enum import StrEnum
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from jakiro_vllm.kernels.experts import HALVES, Routing, activate, combine, route, separate
+from jakiro_vllm.kernels.linear import Product, pack
+from jakiro_vllm.kernels.rotary import place, rotate
 
 #: ``attend(query [T, H, D]) -> [T, H, D]``; whoever calls the head knows where keys and values live.
 Attend = Callable[[Tensor], Tensor]
@@ -78,6 +81,25 @@ class HeadSpec:
         return self.variant is Variant.JAKIRO
 
 
+def _unless_training(product: Product | None) -> Product | None:
+    """A product that gradients do not flow through, where none are wanted."""
+    return None if torch.is_grad_enabled() else product
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` that may keep a packed copy of its weight for inference on a CPU; see ``DraftHead.pack``."""
+
+    packed: Product | None = None
+
+    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
+        """``[..., I] -> [..., O]``, to which ``added [..., O]`` is added."""
+        product = _unless_training(self.packed)
+        if product is not None:
+            return product(x, added)
+        y = F.linear(x, self.weight, self.bias)
+        return y if added is None else added + y
+
+
 class Experts(nn.Module):
     """Gate and experts, with the experts' matrices side by side so that each is read once."""
 
@@ -85,9 +107,9 @@ class Experts(nn.Module):
         super().__init__()
         width = spec.num_experts * spec.intermediate_size
         self.activation = "gelu" if spec.variant is Variant.JAKIRO_STAR else "swiglu"
-        self.gate = nn.Linear(spec.hidden_size, spec.num_gates, bias=False) if spec.num_gates else None
-        self.up = nn.Linear(spec.hidden_size, HALVES[self.activation] * width, bias=False)
-        self.down = nn.Linear(width, spec.hidden_size, bias=False)
+        self.gate = Linear(spec.hidden_size, spec.num_gates, bias=False) if spec.num_gates else None
+        self.up = Linear(spec.hidden_size, HALVES[self.activation] * width, bias=False)
+        self.down = Linear(width, spec.hidden_size, bias=False)
 
 
 @dataclass
@@ -111,7 +133,8 @@ class HeadOutput:
     @cached_property
     def _combined(self) -> tuple[Tensor, Tensor | None]:
         rows = self.residual.flatten(0, -2)
-        return combine(self.activations, self.head.experts.down.weight, self.routing, rows, self.contrastive)
+        down = self.head.experts.down
+        return combine(self.activations, down.weight, self.routing, rows, self.contrastive, product=down.forward)
 
     def feature(self) -> Tensor:
         """``[..., C]`` the mixture: the next feature, whose logits predict the next token."""
@@ -174,12 +197,15 @@ class DraftHead(nn.Module):
         self.spec = spec
         self.sum_over_ranks = sum_over_ranks
         q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        self.fc = nn.Linear(2 * spec.hidden_size, spec.hidden_size, bias=spec.fc_bias)
-        self.q_proj = nn.Linear(spec.hidden_size, q_size, bias=False)
-        self.kv_proj = nn.Linear(spec.hidden_size, 2 * kv_size, bias=False)
-        self.o_proj = nn.Linear(q_size, spec.hidden_size, bias=False)
+        self.fc = Linear(2 * spec.hidden_size, spec.hidden_size, bias=spec.fc_bias)
+        self.q_proj = Linear(spec.hidden_size, q_size, bias=False)
+        self.kv_proj = Linear(spec.hidden_size, 2 * kv_size, bias=False)
+        self.o_proj = Linear(q_size, spec.hidden_size, bias=False)
         self.norm = nn.RMSNorm(spec.hidden_size, eps=spec.rms_norm_eps)
         self.experts = Experts(spec)
+        #: Queries, keys and values in one product, and keys and values; None unless packed.
+        self.packed_qkv: Product | None = None
+        self.packed_kv: Product | None = None
         self.rotary_table: Tensor
         self.register_buffer("rotary_table", torch.empty(0), persistent=False)
 
@@ -187,21 +213,53 @@ class DraftHead(nn.Module):
         """Tabulates the rotary embedding for positions below ``max_position``."""
         self.rotary_table = tabulate_rotary(self.spec.rope, torch.arange(max_position, device=self.fc.weight.device))
 
-    def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Applies the rotary embedding to ``[..., heads, D]`` at ``[...]`` positions."""
-        cos, sin = self.rotary_table[positions].unsqueeze(-2).chunk(2, dim=-1)
-        a, b = x.float().chunk(2, dim=-1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    def pack(self) -> None:
+        """Packs copies of the weights for faster inference on a CPU, where that can be done.
+
+        To be called once the weights are what they will be. Without gradients, the copies are used.
+        """
+        for linear in (self.fc, self.o_proj, self.experts.up, self.experts.down):
+            linear.packed = pack(linear.weight, linear.bias)
+        self.packed_qkv = pack(torch.cat([self.q_proj.weight, self.kv_proj.weight]))
+        self.packed_kv = pack(self.kv_proj.weight)
 
     def fuse(self, token_embeds: Tensor, features: Tensor) -> Tensor:
         """``x_t = fc([emb(token_{t+1}) ; f_t])``: ``[..., C], [..., C] -> [..., C]``."""
-        return self.fc(torch.cat([token_embeds, features], dim=-1))
+        return self.fc.forward(torch.cat([token_embeds, features], dim=-1))
+
+    def queries(self, x: Tensor, positions: Tensor) -> Tensor:
+        """``[..., C], [...] int64 -> [..., H, D]``: what attends."""
+        heads = (self.spec.num_heads, self.spec.head_dim)
+        product = _unless_training(self.packed_qkv)
+        projected = self.q_proj(x) if product is None else product(x)[..., : heads[0] * heads[1]]
+        return rotate(projected.unflatten(-1, heads), positions, self.rotary_table)
 
     def keys_values(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """``[..., C], [...] int64 -> ([..., G, D], [..., G, D])``: what later tokens attend to."""
-        k, v = self.kv_proj(x).chunk(2, dim=-1)
-        heads = (self.spec.num_kv_heads, self.spec.head_dim)
-        return self._rotate(k.unflatten(-1, heads), positions), v.unflatten(-1, heads)
+        product = _unless_training(self.packed_kv) or self.kv_proj.forward
+        projected = product(x)
+        k, v = projected.unflatten(-1, (2, self.spec.num_kv_heads, self.spec.head_dim)).unbind(-3)
+        return rotate(k, positions, self.rotary_table), v
+
+    def project(self, x: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Queries, and keys and values written where they belong.
+
+        Args:
+            x: ``[B * K, C]`` from ``fuse``.
+            positions: ``[B * K] int64``.
+            keys: ``[B, K, G, D]``, written.
+            values: ``[B, K, G, D]``, written.
+
+        Returns:
+            ``[B * K, H, D]``.
+        """
+        product = _unless_training(self.packed_qkv)
+        if product is not None:
+            return place(product(x), positions, self.rotary_table, self.spec.num_heads, keys, values)
+        new_keys, new_values = self.keys_values(x, positions)
+        keys.copy_(new_keys.view_as(keys))
+        values.copy_(new_values.view_as(values))
+        return self.queries(x, positions)
 
     def finish(self, x: Tensor, positions: Tensor, attend: Attend, contrastive: bool = False) -> HeadOutput:
         """Attends and runs the experts, for the rows whose output is wanted.
@@ -214,14 +272,27 @@ class DraftHead(nn.Module):
             attend: ``[..., H, D] -> [..., H, D]``, over earlier positions or ancestors and the row itself.
             contrastive: whether the output's contrastive feature will be asked for.
         """
-        q = self.q_proj(x).unflatten(-1, (self.spec.num_heads, self.spec.head_dim))
-        attended = self.o_proj(attend(self._rotate(q, positions)).flatten(-2))
-        if self.sum_over_ranks is not None:
-            attended = self.sum_over_ranks(attended)
-        residual = x + attended
+        return self.complete(x, attend(self.queries(x, positions)), contrastive)
+
+    def complete(self, x: Tensor, attended: Tensor, contrastive: bool = False) -> HeadOutput:
+        """Runs the experts on rows that have attended.
+
+        Args:
+            x: ``[..., C]`` from ``fuse``.
+            attended: ``[..., H, D]`` what their queries found.
+            contrastive: whether the output's contrastive feature will be asked for.
+        """
+        found = attended.flatten(-2)
+        if self.sum_over_ranks is None:
+            residual = self.o_proj.forward(found, x)
+        else:
+            residual = x + self.sum_over_ranks(self.o_proj.forward(found))
         spec, experts = self.spec, self.experts
         routing = self.route(residual.flatten(0, -2))
-        activations = activate(routing.normed, experts.up.weight, routing, spec.num_experts, experts.activation)
+        up = experts.up
+        activations = activate(
+            routing.normed, up.weight, routing, spec.num_experts, experts.activation, product=up.forward
+        )
         return HeadOutput(self, residual, activations, routing, contrastive)
 
     def route(self, rows: Tensor) -> Routing:

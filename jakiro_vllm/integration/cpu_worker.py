@@ -14,7 +14,7 @@ from jakiro_vllm.integration.contract import check_installed
 from jakiro_vllm.integration.cpu_attention import TreeCPUAttentionBackend
 from jakiro_vllm.integration.cpu_runner import JakiroCPUModelRunner
 from jakiro_vllm.integration.version import check_vllm_version
-from jakiro_vllm.kernels import tree_attention
+from jakiro_vllm.kernels import native
 
 
 class JakiroCPUWorker(CPUWorker):
@@ -40,7 +40,7 @@ class JakiroCPUWorker(CPUWorker):
             super().init_device()
         finally:
             cpu_worker.CPUModelRunner = original
-        tree_attention.prepare()
+        native.prepare()
 
     def compile_or_warm_up_model(self) -> Any:
         """As vLLM's; then steps are timed."""

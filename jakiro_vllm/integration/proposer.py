@@ -62,6 +62,8 @@ class JakiroProposer:
             head = shard_head(head, get_tensor_model_parallel_rank(), ranks, tensor_model_parallel_all_reduce)
         head = head.to(device)
         head.prepare_positions(config.model_config.max_model_len + MAX_DEPTH + 1)
+        if device.type == "cpu":
+            head.pack()
         spec = head.spec
         # vLLM builds the target's layers under its device, where their scales must lie too.
         with set_current_vllm_config(config), set_default_torch_dtype(dtype), device:

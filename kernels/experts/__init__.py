@@ -5,8 +5,8 @@
     contrastive = the same with signed weights from two more logits
 
 T rows, C hidden size, E experts, K experts per token (2, or 1 where E is 1), I expert intermediate size.
-``act`` is SwiGLU or GELU. ``reference.py`` is the oracle. On a GPU the kernels run, except in float64 and where
-autograd would need what they do not record.
+``act`` is SwiGLU or GELU. ``reference.py`` is the oracle. The kernels run, Triton's on a GPU and compiled ones on a
+CPU, except in float64 and where autograd would need what they do not record. On a CPU the products are a library's.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import runs_triton
-from . import reference
+from ..dispatch import compiled, runs_triton
+from ..linear import Product
+from . import native, reference
 from .reference import EXPERTS_PER_TOKEN, Routing
 
 __all__ = ["EXPERTS_PER_TOKEN", "Routing", "activate", "combine", "route", "separate"]
@@ -64,10 +65,20 @@ def route(
         from .triton_kernel import route as launch
 
         return launch(residual, norm_weight, eps, gate, num_experts, contrast)
+    library = None if _autocast(residual) else compiled(residual, norm_weight, gate)
+    if library is not None:
+        return native.route(library, residual, norm_weight, eps, gate, num_experts, contrast)
     return reference.route(residual, norm_weight, eps, gate, num_experts, contrast)
 
 
-def activate(normed: Tensor, up: Tensor, routing: Routing, num_experts: int, activation: str) -> Tensor:
+def activate(
+    normed: Tensor,
+    up: Tensor,
+    routing: Routing,
+    num_experts: int,
+    activation: str,
+    product: Product | None = None,
+) -> Tensor:
     """Computes what the experts' last matrices read.
 
     Args:
@@ -77,6 +88,7 @@ def activate(normed: Tensor, up: Tensor, routing: Routing, num_experts: int, act
         routing: of the rows.
         num_experts: E.
         activation: ``swiglu`` or ``gelu`` (exact).
+        product: who multiplies by ``up`` where no kernel of ours does; ``F.linear`` by default.
 
     Returns:
         ``[T, E, I]``; what an expert would give for rows that did not select it is undefined.
@@ -96,11 +108,19 @@ def activate(normed: Tensor, up: Tensor, routing: Routing, num_experts: int, act
         from .triton_kernel import activate as launch
 
         return launch(normed, up, routing, num_experts, HALVES[activation])
-    return reference.activate(normed, up, num_experts, activation)
+    library = None if _autocast(normed) else compiled(normed, up)
+    if library is not None:
+        return native.activate(library, normed, up, num_experts, activation, product)
+    return reference.activate(normed, up, num_experts, activation, product)
 
 
 def combine(
-    activations: Tensor, down: Tensor, routing: Routing, residual: Tensor, contrast: bool
+    activations: Tensor,
+    down: Tensor,
+    routing: Routing,
+    residual: Tensor,
+    contrast: bool,
+    product: Product | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Computes the mixture and, from the same read of ``down``, the contrastive output.
 
@@ -110,6 +130,7 @@ def combine(
         routing: of the rows.
         residual: ``[T, C]``, added to both.
         contrast: whether to compute the contrastive output.
+        product: who multiplies by ``down`` where no kernel of ours does; ``F.linear`` by default.
 
     Returns:
         ``(mixture [T, C], contrastive [T, C] or None)``.
@@ -124,7 +145,10 @@ def combine(
         from .triton_kernel import combine as launch
 
         return launch(activations, down, routing, residual, contrast)
-    return reference.combine(activations, down, routing, residual, contrast)
+    library = None if _autocast(activations) else compiled(activations, down, residual, routing.weights)
+    if library is not None:
+        return native.combine(library, activations, down, routing, residual, contrast, product)
+    return reference.combine(activations, down, routing, residual, contrast, product)
 
 
 def separate(activations: Tensor, down: Tensor, routing: Routing, residual: Tensor) -> Tensor:

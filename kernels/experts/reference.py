@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..linear import PlainProduct, Product
+
 EXPERTS_PER_TOKEN = 2
 
 
@@ -54,9 +56,9 @@ def route(
     return Routing(normed, experts, weights, signed)
 
 
-def activate(normed: Tensor, up: Tensor, num_experts: int, activation: str) -> Tensor:
+def activate(normed: Tensor, up: Tensor, num_experts: int, activation: str, product: Product | None = None) -> Tensor:
     """``[T, C] -> [T, E, I]``: what each expert's last matrix reads, for all experts."""
-    hidden = F.linear(normed, up)
+    hidden = (product or PlainProduct(up))(normed)
     if activation == "swiglu":
         gate, hidden = hidden.chunk(2, dim=-1)
         hidden = F.silu(gate) * hidden
@@ -66,19 +68,25 @@ def activate(normed: Tensor, up: Tensor, num_experts: int, activation: str) -> T
 
 
 def combine(
-    activations: Tensor, down: Tensor, routing: Routing, residual: Tensor, contrast: bool
+    activations: Tensor,
+    down: Tensor,
+    routing: Routing,
+    residual: Tensor,
+    contrast: bool,
+    product: Product | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Mixture and contrastive feature: ``([T, C], [T, C] | None)``.
 
     Since every expert ends in a linear map, a weighted sum of experts is one product:
     ``sum_e w_e * down_e @ a_e = [down_0 .. down_E] @ [w_0 a_0 .. w_E a_E]``.
     """
+    product = product or PlainProduct(down)
     mixed = _weighted(activations, routing.experts, routing.weights)
     if not contrast:
-        return residual + F.linear(mixed, down), None
+        return product(mixed, residual), None
     assert routing.contrast is not None
     both = torch.stack([mixed, _weighted(activations, routing.experts, routing.contrast)])
-    mixture, contrastive = residual + F.linear(both, down)
+    mixture, contrastive = product(both, residual.expand(2, *residual.shape))
     return mixture, contrastive
 
 

@@ -5,7 +5,7 @@ a level are the next beam; the best of all levels are the tree. Of equal scores 
 better one, so a parent comes before its children even where a probability rounds to one.
 
 B sequences, K beam nodes, W candidates per node, M candidates of all levels, N nodes of a tree.
-``reference.py`` is the oracle, and what runs on a CPU.
+``reference.py`` is the oracle.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..dispatch import runs_triton
+from ..dispatch import compiled, runs_triton
+from . import native
 from .reference import expand_reference, rerank_reference
 
 #: Nodes of a tree, root included, and slots of a draft's own nodes: the bits of an ancestor word.
@@ -131,6 +132,9 @@ def expand(
         from .triton_kernel import launch_expand
 
         return Beam(*launch_expand(parts, tokens, log_probs, into, first_id, count, first_slot, rows))
+    library = compiled(tokens, beam.scores, log_probs)
+    if library is not None:
+        return Beam(*native.expand(library, parts, tokens, log_probs, into, first_id, count, first_slot, rows))
     return Beam(*expand_reference(parts, tokens, log_probs, into, first_id, count, first_slot, rows))
 
 
@@ -173,6 +177,9 @@ def rerank(
         from .triton_kernel import launch_rerank
 
         return launch_rerank(*arguments)
+    library = compiled(root_tokens, pool.scores)
+    if library is not None:
+        return native.rerank(library, *arguments)
     return rerank_reference(*arguments)
 
 

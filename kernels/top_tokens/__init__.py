@@ -2,7 +2,7 @@
 
     log_prob_i = logit_i - log sum_j exp(logit_j)
 
-in float32, the most probable first. ``reference.py`` is the oracle, and what runs on a CPU.
+in float32, the most probable first. ``reference.py`` is the oracle.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import runs_triton
+from ..dispatch import compiled, runs_triton
+from . import native
 from .reference import top_tokens_reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -29,8 +30,8 @@ def top_tokens(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
         width: W, in [1, 63] and at most V.
 
     Returns:
-        ``(tokens [T, W] int64, log_probs [T, W] float32)``, the most probable first. On a GPU equal logits
-        come in the order of their token ids. A masked token has log-probability -inf, and follows all others.
+        ``(tokens [T, W] int64, log_probs [T, W] float32)``, the most probable first. Equal logits come in
+        the order of their token ids, unless PyTorch does the work. A masked token has log-probability -inf, and follows all others.
 
     Raises:
         ValueError: on a shape, stride, dtype or width other than these.
@@ -50,4 +51,7 @@ def top_tokens(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
         from .triton_kernel import launch_top_tokens
 
         return launch_top_tokens(logits, width)
+    library = compiled(logits)
+    if library is not None:
+        return native.top_tokens(library, logits, width)
     return top_tokens_reference(logits, width)

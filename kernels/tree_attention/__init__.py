@@ -5,8 +5,8 @@ set in its ancestor word:
 
     out_i = softmax(scale * q_i [K_context ; K_{ancestors(i)}]^T) [V_context ; V_{ancestors(i)}]
 
-``reference.py`` is the oracle. ``native.cpp`` does the work, compiled on first use (``prepare`` does it at a time of
-one's choosing); ``cpu_kernel.py`` does it in PyTorch where there is no compiler, or for tensors that lie otherwise.
+``reference.py`` is the oracle. ``native.cpp`` does the work, compiled on first use; ``cpu_kernel.py`` does it in
+PyTorch where there is no compiler, or for tensors that lie otherwise.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from ..dispatch import compiled
 from . import cpu_kernel, native
 
 S = TypeVar("S")
@@ -77,15 +78,6 @@ class TreeJobs:
 LAYOUTS = ("vec", "amx")
 
 
-def prepare() -> bool:
-    """Builds and loads the compiled kernel now, so that no request waits for it; some seconds, once per machine.
-
-    Returns:
-        Whether there is one; a warning says why not.
-    """
-    return native.library() is not None
-
-
 def tree_attention(
     query: Tensor,
     cache: PagedCache,
@@ -131,7 +123,7 @@ def tree_attention(
     if not jobs.row_counts.numel():
         return out
     pages = cache.pages
-    library = native.library()
+    library = compiled(query)
     if library is not None and native.fits(query, pages, tree_keys, tree_values, out):
         native.attend(
             library,

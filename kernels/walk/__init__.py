@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import runs_triton
+from ..dispatch import compiled, runs_triton
+from . import native
 
 MAX_NODES = 64
 
@@ -54,6 +55,9 @@ def walk_samples(
         from .triton_kernel import launch_walk
 
         return launch_walk(tokens, parents, num_nodes, sampled, max_depth)
+    library = compiled(tokens)
+    if library is not None:
+        return native.walk_samples(library, tokens, parents, num_nodes, sampled, max_depth)
     from .reference import walk_samples_reference
 
     return walk_samples_reference(tokens, parents, num_nodes, sampled, max_depth)

@@ -1,4 +1,4 @@
-"""The compiled kernel's cache: nobody but its user may have written what is loaded from there."""
+"""The compiled kernels' cache: nobody but its user may have written what is loaded from there."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jakiro_vllm.kernels.tree_attention import native
+from jakiro_vllm.kernels import native
 
 pytestmark = pytest.mark.skipif(native.compiler() is None, reason="there is no C++ compiler")
 
@@ -17,8 +17,8 @@ pytestmark = pytest.mark.skipif(native.compiler() is None, reason="there is no C
 def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Path]:
     """A cache folder of this test, and a source that builds in no time; called, it builds."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(native, "SOURCE", tmp_path / "native.cpp")
-    native.SOURCE.write_text('extern "C" int tree_attention(const void*) { return 0; }')
+    monkeypatch.setattr(native, "SOURCES", (tmp_path / "native.cpp",))
+    native.SOURCES[0].write_text('extern "C" int tree_attention(const void*) { return 0; }')
     compiler = native.compiler()
     assert compiler is not None
     return lambda: native.build(compiler)
