@@ -12,10 +12,8 @@ position.
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import os
-import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,21 +26,10 @@ from jakiro_vllm import __version__
 from jakiro_vllm.config import TreeConfig
 from jakiro_vllm.draft.registry import EMBEDDED_HEAD, EMBEDDED_TARGET
 from jakiro_vllm.integration.acceptance import Acceptance, AcceptanceMeter
-from jakiro_vllm.training.corpus import python_sources
 
+sys.path.append(str(Path(__file__).resolve().parent / "shared"))
 
-def held_out_prompts(tokenizer: Any, count: int, seed: int) -> list[list[int]]:
-    """Cuts ``count`` prompts of 32 to 160 tokens from held-out sources."""
-    rng = random.Random(seed)
-    documents = [document.text for document in python_sources() if document.held_out]
-    prompts = []
-    while len(prompts) < count:
-        tokens = tokenizer(rng.choice(documents), add_special_tokens=False, verbose=False)["input_ids"]
-        length = rng.randrange(32, 161)
-        if len(tokens) > length + 1:
-            start = rng.randrange(len(tokens) - length)
-            prompts.append(tokens[start : start + length])
-    return prompts
+from sides import held_out_prompts, write_csv
 
 
 def open_engine(target: str, head: str, budget: int, **arguments: Any) -> LLM:
@@ -64,14 +51,6 @@ def row_of(found: Acceptance, depth: int) -> dict[str, float]:
     rates = {f"depth_{d}": round(rate, 4) for d, rate in enumerate(found.depth_rates(depth), start=1)}
     lengths = {"acceptance_length": found.length, "low": low, "high": high}
     return {"trees": found.trees} | {name: round(value, 4) for name, value in lengths.items()} | rates
-
-
-def write_rows(rows: list[dict[str, Any]], path: Path) -> None:
-    """Writes rows of equal keys as CSV."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def main() -> int:
@@ -116,7 +95,7 @@ def main() -> int:
             }
             rows.append(row)
             print(row, flush=True)
-    write_rows(rows, args.output)
+    write_csv(rows, args.output)
     return 0
 
 

@@ -27,9 +27,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from jakiro_vllm.draft.checkpoint import read_spec
+from jakiro_vllm.draft.head import Variant
 from jakiro_vllm.draft.registry import EMBEDDED_HEAD, EMBEDDED_TARGET
 
 WEIGHTS = "model.safetensors"
+#: Intermediate size of all experts together, in hidden sizes; GELU experts have two matrices where others have three.
+MLP_WIDTH = {Variant.JAKIRO: 2, Variant.JAKIRO_STAR: 3, Variant.DENSE: 2}
 
 
 @dataclass(frozen=True)
@@ -179,7 +183,10 @@ def scale_target(source: Path, output: Path, shape: Shape) -> None:
 
 
 def scale_head(source: Path, output: Path, shape: Shape) -> None:
-    """Writes the head; its experts get the intermediate size of published heads, which is the hidden size.
+    """Writes the head; its experts together get as many parameters as those of published heads of that hidden size.
+
+    Those have two experts, whose intermediate size is the hidden size. Heads of other variants and numbers of experts
+    get as many, so that heads with equal parameters still have them.
 
     Args:
         source: a head in the published layout.
@@ -189,7 +196,8 @@ def scale_head(source: Path, output: Path, shape: Shape) -> None:
     output.mkdir(parents=True, exist_ok=True)
     config = json.loads((source / "config.json").read_text())
     padding, small = Padding(config, shape), load_file(source / WEIGHTS)
-    intermediate = max(shape.hidden, config["intermediate_size"])
+    spec = read_spec(source)
+    intermediate = max(shape.hidden * MLP_WIDTH[spec.variant] // spec.num_experts, spec.intermediate_size)
     outside: dict[str, Callable[[Tensor], Tensor]] = {
         "fc.weight": padding.fused,
         "fc.bias": lambda bias: padding.stream(bias, 0),

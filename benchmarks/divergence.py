@@ -11,7 +11,6 @@ which has nothing of ours. A wrong mask or a wrong KV entry would show as differ
 from __future__ import annotations
 
 import argparse
-import csv
 import multiprocessing
 import os
 import statistics
@@ -28,6 +27,10 @@ from vllm import LLM, SamplingParams
 from jakiro_vllm.draft.registry import EMBEDDED_HEAD, EMBEDDED_TARGET
 from jakiro_vllm.training.corpus import cut_prompts, encode_documents, python_sources
 
+sys.path.append(str(Path(__file__).resolve().parent / "shared"))
+
+from sides import NGRAM, write_csv
+
 #: Tokens whose log-probabilities plain vLLM reports at each position.
 REPORTED = 8
 
@@ -37,14 +40,7 @@ def sides(head: str, budget: int) -> dict[str, dict[str, Any]]:
     return {
         "plain": {},
         "plain, one request at a time": {"max_num_seqs": 1},
-        "n-gram": {
-            "speculative_config": {
-                "method": "ngram",
-                "num_speculative_tokens": 5,
-                "prompt_lookup_max": 4,
-                "prompt_lookup_min": 1,
-            }
-        },
+        "n-gram": {"speculative_config": NGRAM | {"prompt_lookup_min": 1}},
         "trees": {"speculative_config": {"method": "jakiro", "model": head, "num_speculative_tokens": budget}},
     }
 
@@ -157,10 +153,7 @@ def main() -> int:
         largest = max(row["margin"] for row in rows if row["margin"] not in ("", "more"))
         share = sum(margin <= largest for margin in usual) / len(usual)
         print(f"positions with a margin of at most {largest:.4f}: {100 * share:.1f} %")
-    with args.output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(rows, args.output)
     return 0
 
 

@@ -1,18 +1,19 @@
-"""Benchmarks: kernels at toy sizes without a GPU, and the comparison of heads up to its tables and plot."""
+"""Benchmarks: kernels at toy sizes without a GPU, the comparison of heads, and scaled pairs."""
 
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from benchmark_scripts import ROOT, script
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from jakiro_vllm.draft.checkpoint import load_head
@@ -23,7 +24,6 @@ from jakiro_vllm.training.frozen import head_spec
 from jakiro_vllm.training.pair import PairRecipe
 from jakiro_vllm.training.rollout import rollout
 
-ROOT = Path(__file__).resolve().parent.parent
 OPERATIONS = {
     "copy",
     "tree attention",
@@ -58,17 +58,6 @@ def test_without_a_gpu_a_benchmark_says_so(script: str, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
     assert "no GPU answers" in done.stderr
-
-
-def script(name: str) -> ModuleType:
-    """The module of a benchmark."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +142,37 @@ def test_a_cost_scaled_pair_computes_the_same(sizes: tuple[int, ...], tmp_path: 
     for mine, scaled in zip(*drafts, strict=True):
         for a, b in zip(mine, scaled, strict=True):
             torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_heads_of_equal_parameters_stay_equal(tiny_head_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """And a dense head, for vLLM's own EAGLE, computes the same after scaling."""
+    cost_scaled = script("cost_scaled")
+    sizes = {"hidden_size": 256, "num_heads": 4, "kv_heads": 2, "head_dim": 64, "vocab_size": 4096}
+    made = {
+        "dense": tiny_head_folder("dense", intermediate_size=1536, **sizes),
+        "jakiro": tiny_head_folder("jakiro", intermediate_size=768, **sizes),
+        "four experts": tiny_head_folder("jakiro", intermediate_size=384, num_experts=4, **sizes),
+        "jakiro_star": tiny_head_folder("jakiro_star", intermediate_size=1152, **sizes),
+    }
+    for shape in (cost_scaled.Shape(512, 5, 1024, 8, 4), cost_scaled.Shape(1024, 5, 1024, 16, 4)):
+        counts = []
+        for name, folder in made.items():
+            cost_scaled.scale_head(folder, tmp_path / name, shape)
+            counts.append(sum(p.numel() for p in load_head(tmp_path / name).parameters()))
+        assert max(counts) < 1.03 * min(counts)
+    assert json.loads((tmp_path / "dense" / "config.json").read_text())["vocab_size"] == 4096
+    embeds, features = torch.randn(2, 1, 20, 256)
+    padded = [torch.nn.functional.pad(x, (0, 768)) for x in (embeds, features)]
+    segments, positions = torch.ones(1, 20, dtype=torch.int64), torch.arange(20).unsqueeze(0)
+    found = []
+    for folder, (embed, feature) in ((made["dense"], (embeds, features)), (tmp_path / "dense", padded)):
+        head = load_head(folder, torch.float32)
+        head.prepare_positions(20)
+        found.append([output.feature() for output in rollout(head, embed, feature, segments, positions, 3)])
+    for mine, scaled in zip(*found, strict=True):
+        torch.testing.assert_close(scaled[..., :256], mine, rtol=1e-3, atol=1e-3)
+        assert not scaled[..., 256:].any()
 
 
 def test_a_pair_does_not_shrink(tmp_path: Path) -> None:
