@@ -16,6 +16,7 @@ B requests, N nodes of a tree (root included), K knots of a table.
 
 from __future__ import annotations
 
+import statistics
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ PROBE_STEPS = 96
 #: it is found only if times on both sides of it are known.
 HALF_STEPS = 32
 #: Steps for which a plan holds.
-PLAN_STEPS = 8
+PLAN_STEPS = 32
 #: Trees whose nodes stand for those of the next draft.
 REMEMBERED_TREES = 24
 #: Trees without which nothing is planned.
@@ -60,10 +61,16 @@ class RowTimes:
         """
         self.rows = np.asarray(rows, dtype=np.float64)
         self._logs = np.log(np.asarray(seconds, dtype=np.float64))
+        self._seconds: Floats | None = None
 
     @property
     def seconds(self) -> Floats:
         """``[K]`` at the knots: what is nearest to the measurements and never falls (isotonic regression)."""
+        if self._seconds is None:
+            self._seconds = self._isotonic()
+        return self._seconds
+
+    def _isotonic(self) -> Floats:
         count = len(self._logs)
         sums = np.concatenate([[0.0], self._logs.cumsum()])
         first, end = np.arange(count)[:, None], np.arange(1, count + 1)[None, :]
@@ -82,6 +89,7 @@ class RowTimes:
         off = float(np.clip(seconds / self(rows), 1 / self.FURTHEST, self.FURTHEST))
         distance = np.abs(np.log(max(rows, 1) / self.rows)) / np.log(self.REACH)
         self._logs += self.RATE * np.exp(-distance) * np.log(off)
+        self._seconds = None
 
 
 class Calibration:
@@ -101,6 +109,7 @@ class Calibration:
         self._seen = np.full((2, len(self.CENTERS)), self.PRIOR)
         self._accepted = self.PRIOR * np.exp(np.broadcast_to(self.CENTERS, self._seen.shape))
         self._edges = (self.CENTERS[1:] + self.CENTERS[:-1]) / 2
+        self._rates: Floats | None = None
 
     def learn(self, scores: Floats, accepted: Bools, random: Bools) -> None:
         """Counts verified nodes.
@@ -116,6 +125,7 @@ class Calibration:
         self._accepted += (1 - self.FADE) * (prior - self._accepted)
         np.add.at(self._seen, places, 1.0)
         np.add.at(self._accepted, places, accepted.astype(np.float64))
+        self._rates = None
 
     def __call__(self, scores: Floats, random: Bools) -> Floats:
         """Probabilities of acceptance, never higher for a lower score.
@@ -124,10 +134,9 @@ class Calibration:
             scores: any shape, -inf for what is no node.
             random: of a shape that broadcasts to it.
         """
-        rates = self._accepted / self._seen
-        rates = np.minimum.accumulate(rates, axis=1)  # centers descend
-        bounded = np.maximum(scores, self.CENTERS[-1])
-        found = [np.interp(-bounded, -self.CENTERS, rates[kind]) for kind in (0, 1)]
+        if self._rates is None:
+            self._rates = np.minimum.accumulate(self._accepted / self._seen, axis=1)  # centers descend
+        found = [np.interp(-scores, -self.CENTERS, rates) for rates in self._rates]
         return np.where(np.isneginf(scores), 0.0, np.where(random, found[1], found[0]))
 
 
@@ -257,7 +266,7 @@ class BudgetController:
     @property
     def other(self) -> float:
         """Seconds of a step outside verification and draft."""
-        return float(np.median(self._others))
+        return statistics.median(self._others)
 
     def _draft_seconds(self, shape: DraftShape, batch: int) -> float:
         return self.forwards(shape.levels) * float(self.draft(batch * shape.width))

@@ -65,13 +65,15 @@ class Pacer:
         if not known:
             return
         found: list[tuple[Floats, np.ndarray, np.ndarray]] = []
-        paths, counts = accepted.path.tolist(), accepted.num_accepted.tolist()
+        paths, counts, sizes = accepted.path.tolist(), accepted.num_accepted.tolist(), trees.num_nodes.tolist()
+        struck, kinds = trees.tokens.numpy() < 0, random.tolist()  # a grammar may have struck some
         for i in known:
-            scores = self._scores[names[i]][1 : int(trees.num_nodes[i])]
-            hit = np.zeros(len(scores) + 1, dtype=bool)
+            nodes = slice(1, sizes[i])
+            hit = np.zeros(sizes[i], dtype=bool)
             hit[paths[i][1 : counts[i] + 1]] = True
-            offered = trees.tokens[i, 1 : len(scores) + 1].numpy() >= 0  # a grammar may have struck some
-            found.append((scores[offered], hit[1:][offered], np.full(int(offered.sum()), bool(random[i]))))
+            offered = ~struck[i, nodes]
+            scores = self._scores[names[i]][nodes][offered]
+            found.append((scores, hit[nodes][offered], np.full(len(scores), kinds[i])))
         self.controller.learn_trees(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
 
     def plan(self, drafting: int, others: int) -> tuple[DraftShape | None, int]:
