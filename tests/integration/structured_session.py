@@ -33,6 +33,9 @@ def note_trees() -> None:
         for name, drafts in scheduler_output.scheduled_spec_decode_tokens.items():
             request = self.requests.get(name)
             if request is not None and request.use_structured_output and sampled.get(name):
+                if name not in self._parents:  # a first step, which vLLM pads
+                    assert set(drafts) == {-1}, drafts
+                    continue
                 TREES.append(
                     {
                         "written": list(request.output_token_ids),

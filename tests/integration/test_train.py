@@ -185,7 +185,7 @@ def test_a_dense_head_loads_in_vllms_own_eagle(
     sampling = {"temperature": 0.0, "max_tokens": 40, "ignore_eos": True}
     phase = {"requests": [{"prompt": source_tokens[s : s + 30], "sampling": sampling} for s in (300, 900, 1500, 2100)]}
     eagle = {"method": "eagle", "model": str(trained), "num_speculative_tokens": 3}
-    ours = {**eagle, "method": "jakiro", "tree": {"depth": 3, "top_k": 1}}
+    ours = {**eagle, "method": "jakiro", "tree": {"depth": 3, "top_k": 1, "adaptive": False}}
     jobs = [
         (plain_engine, [phase]),
         (plain_engine | {"speculative_config": eagle, "disable_log_stats": False}, [phase]),
