@@ -258,8 +258,11 @@ def write_table(means: list[dict[str, Any]], path: Path) -> None:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in means:
-        length = f"{row['length']:.3f} ± {row['length_half']:.3f}"
-        ratio = "1" if row["head"] == "dense" else f"{row['ratio']:.3f} ± {row['ratio_half']:.3f}"
+        length, ratio = (
+            f"{row[name]:.3f} " + (f"± {row[f'{name}_half']:.3f}" if row["seeds"] > 1 else "(one seed)")
+            for name in ("length", "ratio")
+        )
+        ratio = "1" if row["head"] == "dense" else ratio
         lines.append(
             f"| {row['tree']} | {row['temperature']} | {row['rollout']} | {row['head']} | {row['forwards']} | "
             f"{row['parameters']:,} | {length} | {ratio} |"
