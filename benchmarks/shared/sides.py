@@ -137,14 +137,16 @@ def server_arguments(
 
 @contextlib.contextmanager
 def running_sides(target: str, arguments: dict[str, list[str]], folder: Path) -> Iterator[dict[str, Server]]:
-    """A server per side; the adaptive one starts last and alone, for it measures the machine as it starts."""
-    last = {name: own for name, own in arguments.items() if name == "adaptive"}
-    first = {name: own for name, own in arguments.items() if name not in last}
-    with (
-        running_servers(Path(target), first, folder) as servers,
-        running_servers(Path(target), last, folder) as adaptive,
-    ):
-        yield servers | adaptive
+    """A server per side, started one after the other.
+
+    Large targets that start side by side hold each other up for many minutes, because the threads of each wait for one
+    another on the same cores; and one that adapts measures the machine as it starts.
+    """
+    with contextlib.ExitStack() as stack:
+        servers: dict[str, Server] = {}
+        for name, own in arguments.items():
+            servers |= stack.enter_context(running_servers(Path(target), {name: own}, folder))
+        yield servers
 
 
 def model_length(new_tokens: int) -> int:
