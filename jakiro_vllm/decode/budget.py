@@ -41,7 +41,7 @@ PLAN_STEPS = 32
 #: Trees whose nodes stand for those of the next draft.
 REMEMBERED_TREES = 24
 #: Trees without which nothing is planned.
-FIRST_TREES = 8
+FIRST_TREES = 24
 
 
 class RowTimes:
@@ -101,7 +101,7 @@ class Calibration:
 
     CENTERS = -np.array([0.002, 0.01, 0.03, 0.08, 0.15, 0.25, 0.4, 0.6, 0.9, 1.3, 1.8, 2.4, 3.2, 4.2, 5.5, 7.5, 10.0])
     #: What the head's own word counts for, in nodes.
-    PRIOR = 4.0
+    PRIOR = 2.0
     #: Of the counts, what one step leaves.
     FADE = 0.998
 

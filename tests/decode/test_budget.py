@@ -223,7 +223,7 @@ def test_padding_is_never_kept(rng: np.random.Generator) -> None:
 
 def settled(controller: BudgetController, batch: int, rng: np.random.Generator, sharpness: float = 0.6) -> None:
     """Shows it what full trees look like."""
-    for _ in range(20):
+    for _ in range(30):
         controller.select(FULL, *grow(sharpness, batch, FULL, rng).arguments())
 
 
