@@ -247,7 +247,7 @@ class BudgetController:
             ``[B]`` draft nodes to keep, roots not counted.
         """
         if shape == self.full:
-            self._remember(scores, depths, parents, random)
+            self._remember(shape, scores, depths, parents, random)
         batch = len(scores)
         if self._probing:
             return np.asarray(np.isfinite(scores[:, 1:]).sum(axis=1))
@@ -305,14 +305,14 @@ class BudgetController:
                 best, highest = shape, rate
         return best
 
-    def _remember(self, scores: Floats, depths: Integers, parents: Integers, random: Bools) -> None:
+    def _remember(self, shape: DraftShape, scores: Floats, depths: Integers, parents: Integers, random: Bools) -> None:
         """Keeps a few trees of a draft of the full shape."""
         for row in range(min(len(scores), 2)):
             count = int(np.isfinite(scores[row]).sum())
-            breadths, children = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64)
-            for node in range(1, count):
-                parent = parents[row, node]
-                breadths[node] = max(breadths[parent], children[parent])
-                children[parent] += 1
+            above = parents[row, :count]
+            ranks = np.tril(above[:, None] == above[None, :], -1).sum(axis=1)
+            breadths = ranks
+            for _ in range(shape.levels):
+                breadths = np.maximum(ranks, breadths[np.maximum(above, 0)])
             nodes = slice(1, count)
             self._trees.append(_Remembered(scores[row, nodes], depths[row, nodes], breadths[nodes], bool(random[row])))

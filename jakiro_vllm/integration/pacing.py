@@ -29,8 +29,7 @@ class Pacer:
     def __init__(self, controller: BudgetController) -> None:
         self.controller = controller
         self._scores: dict[str, Floats] = {}
-        now = time.perf_counter()
-        self._began = self._verified = self._ended = now
+        self._began = self._verified = time.perf_counter()
         self._drafted = 0.0
 
     def begin(self) -> None:
@@ -79,12 +78,8 @@ class Pacer:
     def plan(self, drafting: int, others: int) -> tuple[DraftShape | None, int]:
         """As ``BudgetController.plan``; the first rank's on every rank, since all must launch the same."""
         shape, count = self.controller.plan(drafting, others)
-        group = get_tp_group()
-        if group.world_size == 1:
-            return shape, count
-        packed = torch.tensor([shape.levels, shape.width, count] if shape else [0, 0, 0])
-        group.broadcast(packed)
-        levels, width, count = packed.tolist()
+        planned = [shape.levels, shape.width, count] if shape else [0, 0, 0]
+        levels, width, count = map(int, first_ranks_numbers(planned))
         return DraftShape(levels, width) if levels else None, count
 
     def grow(
@@ -108,6 +103,17 @@ class Pacer:
         self._scores.pop(name, None)
 
 
+def first_ranks_numbers(numbers: Sequence[float]) -> list[float]:
+    """The first tensor-parallel rank's, on every rank."""
+    group = get_tp_group()
+    if group.world_size == 1:
+        return list(numbers)
+    packed = torch.tensor(numbers, dtype=torch.float64)
+    group.broadcast(packed)
+    found: list[float] = packed.tolist()
+    return found
+
+
 def fastest(run: Callable[[], object]) -> float:
     """Seconds of the fastest of a few runs; the first one, which may set things up, does not count."""
     run()
@@ -116,7 +122,8 @@ def fastest(run: Callable[[], object]) -> float:
         started = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - started)
-    return min(seconds)
+    # Ranks run the same computations together, so all must stop after the same one.
+    return first_ranks_numbers([min(seconds)])[0]
 
 
 def time_rows(run: Callable[[int], object], most: int) -> RowTimes:
