@@ -16,16 +16,20 @@ is well.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from jakiro_vllm import __version__
 from jakiro_vllm.draft.registry import EMBEDDED_TARGET
+from jakiro_vllm.server import Server
 from jakiro_vllm.storm.compare import Tally
 from jakiro_vllm.storm.drive import counters, memory, report, run_wave, settle, storm_cases, storm_servers
 from jakiro_vllm.storm.margin import Judge
@@ -47,12 +51,26 @@ def resume(output: Path, seed: int) -> tuple[Tally, list[dict[str, Any]]]:
     return Tally(**{name: found[name] for name in vars(Tally())}), found["sittings"]
 
 
+@contextlib.contextmanager
+def servers_with_logs(folder: Path, output: Path) -> Iterator[dict[str, Server]]:
+    """The storm's servers, whose logs are kept beside the report if it ends in an error, as when one of them dies."""
+    with storm_servers(folder) as servers:
+        try:
+            yield servers
+        except Exception:
+            for side, server in servers.items():
+                kept = output.with_suffix(f".{side}.log")
+                shutil.copy(server.log, kept)
+                print(f"the log of the server {side!r} is kept in {kept}", file=sys.stderr)
+            raise
+
+
 def sit(args: argparse.Namespace, tally: Tally, earlier: list[dict[str, Any]]) -> dict[str, Any]:
     """Goes on with a storm until it is over or the time is up, writing the report after each wave."""
     started = time.monotonic()
     cases, judge = storm_cases(args.seed), Judge(EMBEDDED_TARGET)
     sitting: dict[str, Any] = {"first": tally.requests, "left": {}, "memory_mib": []}
-    with tempfile.TemporaryDirectory() as folder, storm_servers(Path(folder)) as servers:
+    with tempfile.TemporaryDirectory() as folder, servers_with_logs(Path(folder), args.output) as servers:
         while tally.requests < args.requests and (time.monotonic() - started) / 60 < args.minutes:
             until = min(args.requests, tally.requests + WAVE)
             run_wave(servers, cases, range(tally.requests, until), args.concurrency, tally, judge)

@@ -16,10 +16,12 @@ B requests, N nodes of a tree (root included), K knots of a table.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -60,6 +62,7 @@ class RowTimes:
             seconds: ``[K]`` positive.
         """
         self.rows = np.asarray(rows, dtype=np.float64)
+        self._log_rows = np.log(self.rows)
         self._logs = np.log(np.asarray(seconds, dtype=np.float64))
         self._seconds: Floats | None = None
 
@@ -67,17 +70,8 @@ class RowTimes:
     def seconds(self) -> Floats:
         """``[K]`` at the knots: what is nearest to the measurements and never falls (isotonic regression)."""
         if self._seconds is None:
-            self._seconds = self._isotonic()
+            self._seconds = np.exp(_rising(self._logs.tolist()))
         return self._seconds
-
-    def _isotonic(self) -> Floats:
-        count = len(self._logs)
-        sums = np.concatenate([[0.0], self._logs.cumsum()])
-        first, end = np.arange(count)[:, None], np.arange(1, count + 1)[None, :]
-        means = np.where(end > first, (sums[end] - sums[first]) / np.maximum(end - first, 1), np.inf)
-        # of the means over all ranges around a knot, the highest by first element of the lowest by last
-        lowest = np.minimum.accumulate(means[:, ::-1], axis=1)[:, ::-1]
-        return np.exp([lowest[: i + 1, i].max() for i in range(count)])
 
     def __call__(self, rows: ArrayLike) -> Floats:
         """Seconds for any numbers of rows."""
@@ -86,10 +80,22 @@ class RowTimes:
 
     def learn(self, rows: int, seconds: float) -> None:
         """Moves the table towards a measurement."""
-        off = float(np.clip(seconds / self(rows), 1 / self.FURTHEST, self.FURTHEST))
-        distance = np.abs(np.log(max(rows, 1) / self.rows)) / np.log(self.REACH)
-        self._logs += self.RATE * np.exp(-distance) * np.log(off)
+        off = min(max(seconds / float(self(rows)), 1 / self.FURTHEST), self.FURTHEST)
+        distance = np.abs(math.log(max(rows, 1)) - self._log_rows) / math.log(self.REACH)
+        self._logs += self.RATE * math.log(off) * np.exp(-distance)
         self._seconds = None
+
+
+def _rising(values: list[float]) -> list[float]:
+    """The numbers that never fall and are nearest to the given ones, in squares: neighbours that fall are averaged."""
+    blocks: list[tuple[float, int]] = []  # mean, how many
+    for value in values:
+        mean, count = value, 1
+        while blocks and blocks[-1][0] > mean:
+            before, more = blocks.pop()
+            mean, count = (before * more + mean * count) / (more + count), more + count
+        blocks.append((mean, count))
+    return [mean for mean, count in blocks for _ in range(count)]
 
 
 class Calibration:
@@ -142,15 +148,22 @@ class Calibration:
 
 @dataclass(frozen=True)
 class _Remembered:
-    """One tree of the full shape: its draft nodes' log-probabilities, depths and breadths, and its request's kind.
-
-    A node's breadth is the highest rank among siblings on its path: a draft of width w has those below w.
-    """
+    """One tree of the full shape: its draft nodes' log-probabilities and depths, and its request's kind."""
 
     scores: Floats
     depths: Integers
-    breadths: Integers
+    parents: Integers
     random: bool
+
+    @cached_property
+    def breadths(self) -> Integers:
+        """The highest rank among siblings on each node's path: a draft of width w has the nodes below w."""
+        ranks = np.tril(self.parents[:, None] == self.parents, -1).sum(axis=1)
+        breadths = ranks.copy()
+        for node in range(1, len(ranks)):  # parents come first
+            if self.parents[node] > 0:
+                breadths[node] = max(ranks[node], breadths[self.parents[node] - 1])
+        return breadths
 
 
 class BudgetController:
@@ -247,7 +260,7 @@ class BudgetController:
             ``[B]`` draft nodes to keep, roots not counted.
         """
         if shape == self.full:
-            self._remember(shape, scores, depths, parents, random)
+            self._remember(scores, depths, parents, random)
         batch = len(scores)
         if self._probing:
             return np.asarray(np.isfinite(scores[:, 1:]).sum(axis=1))
@@ -305,14 +318,10 @@ class BudgetController:
                 best, highest = shape, rate
         return best
 
-    def _remember(self, shape: DraftShape, scores: Floats, depths: Integers, parents: Integers, random: Bools) -> None:
+    def _remember(self, scores: Floats, depths: Integers, parents: Integers, random: Bools) -> None:
         """Keeps a few trees of a draft of the full shape."""
         for row in range(min(len(scores), 2)):
-            count = int(np.isfinite(scores[row]).sum())
-            above = parents[row, :count]
-            ranks = np.tril(above[:, None] == above[None, :], -1).sum(axis=1)
-            breadths = ranks
-            for _ in range(shape.levels):
-                breadths = np.maximum(ranks, breadths[np.maximum(above, 0)])
-            nodes = slice(1, count)
-            self._trees.append(_Remembered(scores[row, nodes], depths[row, nodes], breadths[nodes], bool(random[row])))
+            nodes = slice(1, int(np.isfinite(scores[row]).sum()))
+            self._trees.append(
+                _Remembered(scores[row, nodes], depths[row, nodes], parents[row, nodes], bool(random[row]))
+            )

@@ -60,20 +60,19 @@ class Pacer:
         self._verified = time.perf_counter()
         if rows is not None:
             self.controller.learn_verify(rows, self._verified - self._began)
-        known = [i for i in has_tree.nonzero().flatten().tolist() if names[i] in self._scores]
-        if not known:
-            return
-        found: list[tuple[Floats, np.ndarray, np.ndarray]] = []
-        paths, counts, sizes = accepted.path.tolist(), accepted.num_accepted.tolist(), trees.num_nodes.tolist()
-        struck, kinds = trees.tokens.numpy() < 0, random.tolist()  # a grammar may have struck some
-        for i in known:
-            nodes = slice(1, sizes[i])
-            hit = np.zeros(sizes[i], dtype=bool)
-            hit[paths[i][1 : counts[i] + 1]] = True
-            offered = ~struck[i, nodes]
-            scores = self._scores[names[i]][nodes][offered]
-            found.append((scores, hit[nodes][offered], np.full(len(scores), kinds[i])))
-        self.controller.learn_trees(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+        sizes = trees.num_nodes.numpy()
+        scores = np.full((len(names), trees.width), np.nan)
+        for i in has_tree.nonzero().flatten().tolist():
+            # vLLM gives a request that it resumes drafts of its own, all of them -1, which are no tree of ours.
+            held = self._scores.get(names[i])
+            if held is not None and len(held) >= sizes[i]:
+                scores[i, 1 : sizes[i]] = held[1 : sizes[i]]
+        hits = np.zeros(scores.shape, dtype=bool)
+        on_path = np.arange(accepted.path.shape[1]) <= accepted.num_accepted.numpy()[:, None]
+        hits[on_path.nonzero()[0], accepted.path.numpy()[on_path]] = True
+        offered = ~np.isnan(scores) & (trees.tokens.numpy() >= 0)  # a grammar may have struck some
+        kinds = np.broadcast_to(random.numpy()[:, None], scores.shape)
+        self.controller.learn_trees(scores[offered], hits[offered], kinds[offered])
 
     def plan(self, drafting: int, others: int) -> tuple[DraftShape | None, int]:
         """As ``BudgetController.plan``; the first rank's on every rank, since all must launch the same."""

@@ -1,0 +1,114 @@
+"""What the pacer learns of verified trees."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from jakiro_vllm.decode.budget import BudgetController, RowTimes
+from jakiro_vllm.decode.drafter import DraftShape
+from jakiro_vllm.integration.pacing import Pacer
+from jakiro_vllm.tree.batch import TreeBatch, chains
+from jakiro_vllm.tree.walk import Accepted
+
+SHAPE = DraftShape(2, 2)
+
+
+class Recorder(BudgetController):
+    """Keeps every node of every draft, and what it is told of them."""
+
+    def __init__(self) -> None:
+        times = RowTimes([1, 64], [1.0, 1.0])
+        super().__init__(SHAPE, lambda levels: levels, times, times)
+        self.told: list[tuple[list[float], list[bool], list[bool]]] = []
+
+    def learn_trees(self, scores: Any, accepted: Any, random: Any) -> None:
+        self.told.append((scores.tolist(), accepted.tolist(), random.tolist()))
+
+
+def tree_of(scores: list[list[float]]) -> TreeBatch:
+    """Two children of the root and a child of the first, as one draft per row of scores."""
+    batch = len(scores)
+    parents = torch.tensor([-1, 0, 0, 1]).expand(batch, 4)
+    depths = torch.tensor([0, 1, 1, 2]).expand(batch, 4)
+    words = torch.tensor([1, 3, 5, 11]).expand(batch, 4)
+    tokens = torch.tensor([9, 10, 11, 12]).expand(batch, 4).clone()
+    return TreeBatch(tokens, parents, depths, words, torch.full((batch,), 4), torch.tensor(scores))
+
+
+@pytest.fixture
+def drafted() -> tuple[Pacer, Recorder, TreeBatch]:
+    """Two requests with a tree each: ``a`` is greedy and ``b`` samples."""
+    recorder = Recorder()
+    pacer = Pacer(recorder)
+    trees = tree_of([[0.0, -0.1, -2.0, -3.0], [0.0, -0.5, -0.7, -0.9]])
+    kept = pacer.grow(["a", "b"], SHAPE, torch.tensor([False, True]), 0, lambda: trees)
+    assert kept.num_nodes.tolist() == [4, 4]
+    return pacer, recorder, kept
+
+
+def verify(pacer: Pacer, trees: TreeBatch, path: list[list[int]], counts: list[int]) -> None:
+    accepted = Accepted(torch.tensor(path), torch.tensor(path), torch.tensor(counts))
+    has_tree = trees.num_nodes > 1
+    pacer.verified(["a", "b"], trees, has_tree, None, accepted, torch.tensor([False, True]))
+
+
+def test_verified_nodes_are_told_with_their_scores_outcomes_and_kinds(
+    drafted: tuple[Pacer, Recorder, TreeBatch],
+) -> None:
+    pacer, recorder, trees = drafted
+    verify(pacer, trees, [[0, 1, 3], [0, 2, 0]], [2, 1])
+    scores, hits, kinds = recorder.told[-1]
+    assert scores == pytest.approx([-0.1, -2.0, -3.0, -0.5, -0.7, -0.9])
+    assert hits == [True, False, True, False, True, False]
+    assert kinds == [False] * 3 + [True] * 3
+
+
+def test_what_lies_behind_the_end_of_a_path_was_not_accepted(drafted: tuple[Pacer, Recorder, TreeBatch]) -> None:
+    pacer, recorder, trees = drafted
+    verify(pacer, trees, [[0, 1, 3], [0, 2, 3]], [0, 0])
+    assert not any(recorder.told[-1][1])
+
+
+def test_struck_nodes_and_those_that_were_not_scheduled_tell_nothing(
+    drafted: tuple[Pacer, Recorder, TreeBatch],
+) -> None:
+    pacer, recorder, trees = drafted
+    tokens = trees.tokens.clone()
+    tokens[0, 2] = -1
+    cut = TreeBatch(tokens, trees.parents, trees.depths, trees.ancestors, torch.tensor([4, 2]))
+    verify(pacer, cut, [[0, 1, 3], [0, 0, 0]], [2, 0])
+    assert recorder.told[-1][0] == pytest.approx([-0.1, -3.0, -0.5])
+
+
+def test_drafts_that_vllm_makes_up_for_a_resumed_request_tell_nothing(
+    drafted: tuple[Pacer, Recorder, TreeBatch],
+) -> None:
+    """A request that is resumed still has the scores of its last tree, which may be smaller than what vLLM pads."""
+    pacer, recorder, _ = drafted
+    for width in (4, 8):
+        padded = chains(torch.full((2, width), -1), torch.tensor([width, 1]))
+        verify(pacer, padded, [[0], [0]], [0, 0])
+        assert recorder.told[-1] == ([], [], [])
+
+
+def test_a_request_that_has_ended_is_forgotten(drafted: tuple[Pacer, Recorder, TreeBatch]) -> None:
+    pacer, recorder, trees = drafted
+    pacer.forget("a")
+    pacer.forget("never seen")
+    verify(pacer, trees, [[0, 1, 3], [0, 2, 0]], [2, 1])
+    assert recorder.told[-1][0] == pytest.approx([-0.5, -0.7, -0.9])
+
+
+def test_a_step_counts_as_a_verification_only_if_its_rows_are_known(
+    drafted: tuple[Pacer, Recorder, TreeBatch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pacer, recorder, trees = drafted
+    rows: list[int] = []
+    monkeypatch.setattr(recorder, "learn_verify", lambda count, seconds: rows.append(count))
+    accepted = Accepted(torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 1), torch.zeros(2, dtype=torch.int64))
+    for known in (None, 8):
+        pacer.verified(["a", "b"], trees, trees.num_nodes > 1, known, accepted, torch.zeros(2))
+    assert rows == [8]
