@@ -134,6 +134,7 @@ class Draft:
         spec = replace(spec, num_experts=point.experts)
         head = DraftHead(spec).requires_grad_(False).to(dtype)
         head.prepare_positions(point.context + MAX_DEPTH + 1)
+        head.pack()
         layer = torch.nn.Linear(spec.hidden_size, point.vocabulary, bias=False, dtype=dtype).requires_grad_(False)
         dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
         matrix, product = layer.weight, layer.cpu_linear

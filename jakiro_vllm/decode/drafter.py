@@ -11,7 +11,7 @@ from torch import Tensor
 
 from jakiro_vllm.config import TreeConfig
 from jakiro_vllm.draft.candidates import LmHead, propose, resolve_policy, top_tokens
-from jakiro_vllm.draft.head import DraftHead, HeadOutput
+from jakiro_vllm.draft.head import DraftHead, HeadOutput, Mixture
 from jakiro_vllm.kernels.grow import Beam, Pool, expand, rerank
 from jakiro_vllm.tree.batch import TreeBatch
 
@@ -144,12 +144,9 @@ class TreeDrafter:
         two_levels_last = self._two_levels_last(shape.levels)
         scratch = Scratch(self.head, batch, (forwards - 1) * width, roots.x)
         beam = Beam.root(batch, device)
-        output = self.head.finish(
-            roots.x,
-            roots.positions,
-            lambda q: cache.attend(q.unsqueeze(1), scratch.keys, scratch.values, 0, beam.words).squeeze(1),
-            contrastive=two_levels_last and forwards == 1,
-        )
+        query = self.head.queries(roots.x, roots.positions).unsqueeze(1)
+        attended = cache.attend(query, scratch.keys, scratch.values, 0, beam.words).squeeze(1)
+        output = self._complete(roots.x, attended, contrastive=two_levels_last and forwards == 1)
         pool = Pool.empty(batch, width + (shape.levels - 1) * width * width, device)
         first_id = 0
         for forward in range(forwards):
@@ -185,17 +182,22 @@ class TreeDrafter:
         scratch: Scratch,
         cache: HeadCache,
         contrastive: bool,
-    ) -> HeadOutput:
+    ) -> HeadOutput | Mixture:
         """Runs the head on the beam's nodes; their KV goes to scratch."""
         batch, width = beam.tokens.shape
         positions = positions.unsqueeze(1).expand(batch, width).flatten()
-        x = self.head.fuse(self.embed(beam.tokens.flatten()), features)
-        query = self.head.project(x, positions, *scratch.append(width))
+        x, query = self.head.begin(self.embed(beam.tokens.flatten()), features, positions, *scratch.append(width))
         query = query.view(batch, width, *query.shape[1:])
         attended = cache.attend(query, scratch.keys, scratch.values, scratch.used, beam.words)
-        return self.head.complete(x, attended.flatten(0, 1), contrastive)
+        return self._complete(x, attended.flatten(0, 1), contrastive)
 
-    def _last_level(self, pool: Pool, output: HeadOutput, beam: Beam, width: int, parents: int, first_id: int) -> None:
+    def _complete(self, x: Tensor, attended: Tensor, contrastive: bool) -> HeadOutput | Mixture:
+        complete = self.head.mix if self.policy == "mixture" else self.head.complete
+        return complete(x, attended, contrastive)
+
+    def _last_level(
+        self, pool: Pool, output: HeadOutput | Mixture, beam: Beam, width: int, parents: int, first_id: int
+    ) -> None:
         """The second level of the last forward: what the contrastive feature says of grandchildren.
 
         The candidates belong to the node that was expanded, so each child takes those of its own parent.

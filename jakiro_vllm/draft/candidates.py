@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jakiro_vllm.draft.head import HeadOutput, HeadSpec, Variant
+from jakiro_vllm.draft.head import HeadOutput, HeadSpec, Mixture, Variant
 from jakiro_vllm.kernels import top_tokens as kernels
 
 #: ``lm_head(features [T, C]) -> logits [T, V]``: the target's own.
@@ -76,7 +76,7 @@ def top_tokens(features: Tensor, lm_head: LmHead, width: int) -> tuple[Tensor, T
     return kernels.top_tokens(lm_head(features), width)
 
 
-def propose(output: HeadOutput, lm_head: LmHead, width: int, policy: str) -> Candidates:
+def propose(output: HeadOutput | Mixture, lm_head: LmHead, width: int, policy: str) -> Candidates:
     """Picks candidates for the next level.
 
     Args:
@@ -85,7 +85,7 @@ def propose(output: HeadOutput, lm_head: LmHead, width: int, policy: str) -> Can
         width: W, candidates per node.
         policy: ``mixture`` or ``decoupled``.
     """
-    if policy == "mixture":
+    if policy == "mixture" or isinstance(output, Mixture):
         feature = output.feature()
         tokens, log_probs = top_tokens(feature, lm_head, width)
         return Candidates(tokens, log_probs, feature.unsqueeze(1), None)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from jakiro_vllm.kernels import forward as few_rows
 from jakiro_vllm.kernels.experts import HALVES, Routing, activate, combine, route, separate
 from jakiro_vllm.kernels.linear import Product, pack
 from jakiro_vllm.kernels.rotary import place, rotate
@@ -171,6 +172,23 @@ class HeadOutput:
         return own.unflatten(0, shape), self.routing.weights.log().unflatten(0, shape)
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """What one forward gave where nothing but mixtures was asked for; see ``HeadOutput``."""
+
+    mixture: Tensor
+    contrastive: Tensor | None
+
+    def feature(self) -> Tensor:
+        """``[T, C]`` the next feature."""
+        return self.mixture
+
+    def contrast(self) -> Tensor:
+        """``[T, C]`` the contrastive feature."""
+        assert self.contrastive is not None, "asked of a forward that was not contrastive"
+        return self.contrastive
+
+
 def tabulate_rotary(rope: LlamaConfig, positions: Tensor) -> Tensor:
     """``[P, D] float32`` cosines and sines of ``[P] int64`` positions."""
     rotary = LlamaRotaryEmbedding(rope).to(positions.device)
@@ -206,6 +224,8 @@ class DraftHead(nn.Module):
         #: Queries, keys and values in one product, and keys and values; None unless packed.
         self.packed_qkv: Product | None = None
         self.packed_kv: Product | None = None
+        #: Forwards of few rows; None unless packed, and where that would not pay.
+        self.few_rows: few_rows.FewRows | None = None
         self.rotary_table: Tensor
         self.register_buffer("rotary_table", torch.empty(0), persistent=False)
 
@@ -220,8 +240,27 @@ class DraftHead(nn.Module):
         """
         for linear in (self.fc, self.o_proj, self.experts.up, self.experts.down):
             linear.packed = pack(linear.weight, linear.bias)
-        self.packed_qkv = pack(torch.cat([self.q_proj.weight, self.kv_proj.weight]))
+        spec, experts = self.spec, self.experts
+        qkv = torch.cat([self.q_proj.weight, self.kv_proj.weight])
+        self.packed_qkv = pack(qkv)
         self.packed_kv = pack(self.kv_proj.weight)
+        if self.sum_over_ranks is None and experts.activation == "swiglu":
+            self.few_rows = few_rows.pack(
+                few_rows.HeadWeights(
+                    fuse=self.fc.weight,
+                    fuse_bias=self.fc.bias,
+                    qkv=qkv,
+                    output=self.o_proj.weight,
+                    norm=self.norm.weight,
+                    eps=spec.rms_norm_eps,
+                    gate=None if experts.gate is None else experts.gate.weight,
+                    up=experts.up.weight,
+                    down=experts.down.weight,
+                    num_heads=spec.num_heads,
+                    num_experts=spec.num_experts,
+                    contrast=spec.has_contrast,
+                )
+            )
 
     def fuse(self, token_embeds: Tensor, features: Tensor) -> Tensor:
         """``x_t = fc([emb(token_{t+1}) ; f_t])``: ``[..., C], [..., C] -> [..., C]``."""
@@ -260,6 +299,40 @@ class DraftHead(nn.Module):
         keys.copy_(new_keys.view_as(keys))
         values.copy_(new_values.view_as(values))
         return self.queries(x, positions)
+
+    def begin(
+        self, token_embeds: Tensor, features: Tensor, positions: Tensor, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """``fuse`` and ``project``: all that comes before attention.
+
+        Args:
+            token_embeds: ``[B * K, C]``.
+            features: ``[B * K, C]``.
+            positions: ``[B * K] int64``.
+            keys: ``[B, K, G, D]``, written.
+            values: ``[B, K, G, D]``, written.
+
+        Returns:
+            ``(x [B * K, C], query [B * K, H, D])``.
+        """
+        few = self._if_few(features)
+        if few is not None:
+            return few.project(token_embeds, features, positions, self.rotary_table, keys, values)
+        x = self.fuse(token_embeds, features)
+        return x, self.project(x, positions, keys, values)
+
+    def mix(self, x: Tensor, attended: Tensor, contrastive: bool = False) -> HeadOutput | Mixture:
+        """As ``complete``, where only mixtures will be asked for; rows have one dimension."""
+        few = self._if_few(x)
+        if few is None:
+            return self.complete(x, attended, contrastive)
+        return Mixture(*few.complete(x, attended.flatten(-2), contrastive))
+
+    def _if_few(self, rows: Tensor) -> few_rows.FewRows | None:
+        few = self.few_rows
+        if few is None or torch.is_grad_enabled() or rows.dtype != few.dtype:
+            return None
+        return few if rows.shape[0] <= few_rows.MAX_ROWS[few.dtype] else None
 
     def finish(self, x: Tensor, positions: Tensor, attend: Attend, contrastive: bool = False) -> HeadOutput:
         """Attends and runs the experts, for the rows whose output is wanted.

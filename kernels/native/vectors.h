@@ -199,11 +199,30 @@ inline void save(T* to, Floats v, int64_t count) {
   for (int64_t i = 0; i < count; ++i) save(to + i, (float)v[i]);
 }
 
+// All of a vector's, each rounded as above.
+using All = std::integral_constant<int64_t, LANES>;
+
+inline void save(float* to, Floats v, All) { store(to, v); }
+
+inline void save(BF16* to, Floats v, All) {
+  const Words bits = (Words)v;
+  const Words rounded = (v != v) ? (bits >> 16) | 64 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const Halves halves = __builtin_convertvector(rounded, Halves);
+  std::memcpy(to, &halves, sizeof halves);
+}
+
+#if defined(__AVX512F__)
+inline void save(FP16* to, Floats v, All) {
+  const __m256i halves = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+  std::memcpy(to, &halves, sizeof halves);
+}
+#endif
+
 // Calls work(first number, how many of a vector's) for `count` numbers, a vector at a time.
 template <typename Work>
 inline void in_lanes(int64_t count, const Work& work) {
   int64_t i = 0;
-  for (; i + LANES <= count; i += LANES) work(i, std::integral_constant<int64_t, LANES>());
+  for (; i + LANES <= count; i += LANES) work(i, All());
   if (i < count) work(i, count - i);
 }
 
@@ -213,7 +232,7 @@ inline Floats load(const T* from, int64_t count) {
 }
 
 template <typename T>
-inline Floats load(const T* from, std::integral_constant<int64_t, LANES>) {
+inline Floats load(const T* from, All) {
   return load(from);
 }
 

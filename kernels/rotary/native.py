@@ -54,21 +54,34 @@ def place(
     Raises:
         IndexError: if a position has no row in the table.
     """
-    rows, dim = projected.shape[0], table.shape[1]
-    query = torch.empty(rows, num_heads, dim, dtype=projected.dtype)
+    query = torch.empty(projected.shape[0], num_heads, table.shape[1], dtype=projected.dtype)
     positions = positions.contiguous()
-    _call(
-        library,
-        Call(
-            *(projected.data_ptr(), positions.data_ptr(), table.data_ptr()),
-            *(query.data_ptr(), keys.data_ptr(), values.data_ptr()),
-            *(projected.stride(0), keys.stride(0), keys.stride(1), values.stride(0), values.stride(1)),
-            *(rows, keys.shape[1], num_heads, keys.shape[2], dim, table.shape[0], DTYPES[projected.dtype]),
-        ),
-    )
+    _call(library, place_call(projected, positions, table, query, keys, values))
     return query
 
 
+def place_call(
+    projected: Tensor, positions: Tensor, table: Tensor, query: Tensor, keys: Tensor, values: Tensor
+) -> ctypes.Structure:
+    """The argument of ``rotary_place``, which points to these tensors."""
+    return Call(
+        *(projected.data_ptr(), positions.data_ptr(), table.data_ptr()),
+        *(query.data_ptr(), keys.data_ptr(), values.data_ptr()),
+        *(projected.stride(0), keys.stride(0), keys.stride(1), values.stride(0), values.stride(1)),
+        *(projected.shape[0], keys.shape[1], query.shape[1], keys.shape[2], table.shape[1], table.shape[0]),
+        DTYPES[projected.dtype],
+    )
+
+
 def _call(library: ctypes.CDLL, call: ctypes.Structure) -> None:
-    if library.rotary_place(ctypes.byref(call)):
+    check(library.rotary_place(ctypes.byref(call)))
+
+
+def check(outside: int) -> None:
+    """Raises if ``rotary_place`` says so.
+
+    Raises:
+        IndexError: if a position has no row in the table.
+    """
+    if outside:
         raise IndexError("positions must be in the rotary table; call prepare_positions with a higher limit")

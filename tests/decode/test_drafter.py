@@ -21,6 +21,7 @@ from jakiro_vllm.config import TreeConfig
 from jakiro_vllm.decode.drafter import Roots, RoundInput, TreeDrafter
 from jakiro_vllm.draft.candidates import resolve_policy
 from jakiro_vllm.draft.checkpoint import load_head
+from jakiro_vllm.kernels import forward, native
 from jakiro_vllm.tree.batch import TreeBatch
 
 VOCAB = 40
@@ -48,6 +49,7 @@ class Case:
     head: dict[str, Any] = field(default_factory=dict)
     gather_parents: bool = True
     everyone: bool = False  # negative control of DenseHeadCache
+    packed: bool = False
     dtype: torch.dtype = torch.float64
 
 
@@ -82,6 +84,8 @@ def draft_once(case: Case, folder: Path, seed: int) -> Result:
     config, tensors = published_head(case.variant, hidden_size=HIDDEN, gain=1.5, seed=seed, **case.head)
     head = load_head(write_head(folder, config, tensors, "safetensors"), case.dtype)
     head.prepare_positions(64)
+    if case.packed:
+        head.requires_grad_(False).pack()
     generator = torch.Generator().manual_seed(seed)
     embedding, lm_head = (torch.randn(VOCAB, HIDDEN, generator=generator).to(case.dtype) for _ in range(2))
     drafter = TreeDrafter(
@@ -214,6 +218,22 @@ def test_contexts(
 
 def test_single_precision(tmp_path: Path) -> None:
     check(Case(dtype=torch.float32), tmp_path)
+
+
+@pytest.mark.parametrize("few", [True, False], ids=["few-rows", "library"])
+@pytest.mark.parametrize(("variant", "options"), VARIANTS)
+def test_packed_weights(
+    variant: str, options: dict[str, Any], few: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one call where rows are few, and with a library's products where they are not."""
+    calls = []
+    for name in ("project", "complete"):
+        original = getattr(forward.FewRows, name)
+        monkeypatch.setattr(forward.FewRows, name, lambda *a, o=original, **k: calls.append(o) or o(*a, **k))
+    monkeypatch.setitem(forward.MAX_ROWS, torch.float32, 64 if few else 0)
+    with torch.inference_mode():
+        check(Case(variant, head=options, dtype=torch.float32, packed=True), tmp_path)
+    assert bool(calls) == (few and variant != "jakiro_star" and native.library() is not None)
 
 
 def test_keys_and_values_of_all_committed_rows_are_written(tmp_path: Path) -> None:
