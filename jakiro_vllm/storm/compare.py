@@ -155,8 +155,10 @@ def _choice_faults(case: Case, choice: Choice, complete: bool, vocab_size: int, 
     count, limit = len(choice.tokens), case.max_tokens
     if limit is not None and count > limit:
         found.append(f"{count} tokens, of at most {limit}")
-    for stop in fields.get("stop", ()):
-        if stop in choice.text and not fields.get("include_stop_str_in_output"):
+    # Stop strings are not looked for among the first min_tokens, so there they may stand in the text.
+    looked_for = not fields.get("include_stop_str_in_output") and not fields.get("min_tokens")
+    for stop in fields.get("stop", ()) if looked_for else ():
+        if stop in choice.text:
             found.append(f"the stop string {stop!r} in the text")
     if not complete or choice.finish == "abort":
         return found

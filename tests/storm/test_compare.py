@@ -152,6 +152,12 @@ def test_faults_of_an_unseeded_answer(fields: dict[str, Any], change: Callable[[
     assert faults(case(**fields), wrong, VOCAB, MAX_LEN)
 
 
+def test_stop_strings_are_not_looked_for_before_the_least_number_of_tokens() -> None:
+    assert faults(case(stop=["b c"]), answer(), VOCAB, MAX_LEN)
+    assert faults(case(stop=["b c"], min_tokens=2), answer(), VOCAB, MAX_LEN) == []
+    assert faults(case(stop=["b c"], include_stop_str_in_output=True), answer(), VOCAB, MAX_LEN) == []
+
+
 @pytest.mark.parametrize(("status", "well"), [(400, True), (404, True), (200, False), (500, False), (0, False)])
 def test_a_malformed_request_must_be_refused(status: int, well: bool) -> None:
     tally = Tally()
