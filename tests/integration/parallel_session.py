@@ -37,6 +37,9 @@ def watch(worker: Any) -> None:
     runner = worker.model_runner
     runner.acceptance = engine_session.Acceptance(runner)
     runner.digest = hashlib.sha256()
+    pacer = runner.pacer
+    # As the ranks agreed on at start-up; each learns from its own clock thereafter.
+    runner.timed = pacer and [table.seconds.tolist() for table in (pacer.controller.verify, pacer.controller.draft)]
     original = runner._compact
 
     def compact(step: Any) -> None:
@@ -55,6 +58,8 @@ def take(worker: Any) -> dict[str, Any]:
     """What a rank has seen since the last time."""
     runner = worker.model_runner
     taken = runner.acceptance.take() | {"digest": runner.digest.hexdigest(), "rank": worker.rank}
+    if runner.pacer:
+        taken |= {"timed": runner.timed, "plans": runner.pacer.controller._steps}
     runner.digest = hashlib.sha256()
     return taken
 

@@ -108,6 +108,22 @@ def test_ranks_that_grow_other_trees_verify_the_first_ranks(plain: dict[str, Any
     assert found["other ranks' trees"]["ranks"][0]["accepted"] > 0
 
 
+def test_ranks_adapt_as_one(
+    run_engines: Callable[..., Any], jakiro_engine: dict[str, Any], phases: Phases, plain: dict[str, Any]
+) -> None:
+    """Each rank has a clock of its own, but all grow and verify what the first one plans."""
+    speculative = jakiro_engine["speculative_config"]
+    adaptive = {"speculative_config": speculative | {"tree": speculative["tree"] | {"adaptive": True}}}
+    asked = [phases["first"], phases["follow-up"], phases["greedy"]]
+    answers = run_engines([(jakiro_engine | ENGINE | adaptive, asked)], SESSION)[0]
+    for name, answer in zip(phases, answers, strict=True):
+        assert tokens(answer) == tokens(plain[name])
+        first, second = answer["ranks"]
+        assert first["accepted"] > 0
+        assert {k: v for k, v in first.items() if k != "rank"} == {k: v for k, v in second.items() if k != "rank"}
+    assert answers[-1]["ranks"][0]["plans"] > 0, "nothing was planned: the test proves little"
+
+
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
 def test_ray_executor(
     run_engines: Callable[..., Any], jakiro_engine: dict[str, Any], phases: Phases, plain: dict[str, Any]
