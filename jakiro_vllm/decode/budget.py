@@ -5,7 +5,7 @@ target's samples reach it. The more requests share a step, the sooner rows cost 
 are large at a low load, narrow at a higher one, and none at all beyond. Three estimates, refined at every step, decide:
 
 * `RowTimes`: seconds of a verification, and of a forward of the draft head, by rows;
-* `Calibration`: how often nodes were accepted that the head gave a certain probability;
+* `Calibration`: how often nodes were accepted that the head gave a certain probability, by their kind;
 * the latest trees of the full shape: what levels and candidates hold how much of that probability.
 
 Before a draft, `plan` chooses its shape; after it, `select` keeps the nodes, of all requests together, whose
@@ -44,6 +44,8 @@ PLAN_STEPS = 32
 REMEMBERED_TREES = 24
 #: Trees without which nothing is planned.
 FIRST_TREES = 24
+#: What a full draft is thought to gain above its rate: estimates err by as much, and it is what all is learnt from.
+FAVOUR = 1.02
 
 
 class RowTimes:
@@ -99,33 +101,35 @@ def _rising(values: list[float]) -> list[float]:
 
 
 class Calibration:
-    """How often a node is accepted, by the log-probability that the head gave its path; greedy and random apart.
+    """How often a node is accepted, by the log-probability that the head gave its path; its kinds apart.
 
-    A greedy target takes its best token for certain, so a head's 0.6 may come true nine times of ten; and a head may
-    be too sure of itself. Counts fade, since texts differ.
+    A greedy target takes its best token for certain, so a head's 0.6 may come true nine times of ten; a head may be too
+    sure of itself; and the level that it foresees without a forward is less certain than its word.
     """
 
     CENTERS = -np.array([0.002, 0.01, 0.03, 0.08, 0.15, 0.25, 0.4, 0.6, 0.9, 1.3, 1.8, 2.4, 3.2, 4.2, 5.5, 7.5, 10.0])
+    #: Of a request that samples; of a level without a forward of its own. Kinds are sums of these.
+    RANDOM, FORESEEN, KINDS = 1, 2, 4
     #: What the head's own word counts for, in nodes.
     PRIOR = 2.0
     #: Of the counts, what one step leaves.
     FADE = 0.998
 
     def __init__(self) -> None:
-        self._seen = np.full((2, len(self.CENTERS)), self.PRIOR)
+        self._seen = np.full((self.KINDS, len(self.CENTERS)), self.PRIOR)
         self._accepted = self.PRIOR * np.exp(np.broadcast_to(self.CENTERS, self._seen.shape))
         self._edges = (self.CENTERS[1:] + self.CENTERS[:-1]) / 2
         self._rates: Floats | None = None
 
-    def learn(self, scores: Floats, accepted: Bools, random: Bools) -> None:
+    def learn(self, scores: Floats, accepted: Bools, kinds: Integers) -> None:
         """Counts verified nodes.
 
         Args:
             scores: ``[M]`` log-probabilities of their paths.
             accepted: ``[M]``.
-            random: ``[M]`` whether their requests sample.
+            kinds: ``[M]``.
         """
-        places = random.astype(np.int64), np.searchsorted(-self._edges, -scores)
+        places = kinds, np.searchsorted(-self._edges, -scores)
         prior = self.PRIOR * np.exp(self.CENTERS)
         self._seen += (1 - self.FADE) * (self.PRIOR - self._seen)
         self._accepted += (1 - self.FADE) * (prior - self._accepted)
@@ -133,27 +137,27 @@ class Calibration:
         np.add.at(self._accepted, places, accepted.astype(np.float64))
         self._rates = None
 
-    def __call__(self, scores: Floats, random: Bools) -> Floats:
+    def __call__(self, scores: Floats, kinds: Integers) -> Floats:
         """Probabilities of acceptance, never higher for a lower score.
 
         Args:
             scores: any shape, -inf for what is no node.
-            random: of a shape that broadcasts to it.
+            kinds: of a shape that broadcasts to it.
         """
         if self._rates is None:
             self._rates = np.minimum.accumulate(self._accepted / self._seen, axis=1)  # centers descend
         found = [np.interp(-scores, -self.CENTERS, rates) for rates in self._rates]
-        return np.where(np.isneginf(scores), 0.0, np.where(random, found[1], found[0]))
+        return np.where(np.isneginf(scores), 0.0, np.choose(kinds, found))
 
 
 @dataclass(frozen=True)
 class _Remembered:
-    """One tree of the full shape: its draft nodes' log-probabilities and depths, and its request's kind."""
+    """One tree of the full shape: its draft nodes' log-probabilities, depths, parents and kinds."""
 
     scores: Floats
     depths: Integers
     parents: Integers
-    random: bool
+    kinds: Integers
 
     @cached_property
     def breadths(self) -> Integers:
@@ -209,10 +213,25 @@ class BudgetController:
         """Takes the time of a step outside verification and draft; the median counts, since servers wait."""
         self._others.append(seconds)
 
-    def learn_trees(self, scores: Floats, accepted: Bools, random: Bools) -> None:
+    def learn_trees(self, scores: Floats, accepted: Bools, kinds: Integers) -> None:
         """Takes the outcome of a verification; see ``Calibration.learn``."""
         if len(scores):
-            self.calibration.learn(scores, accepted, random)
+            self.calibration.learn(scores, accepted, kinds)
+
+    def kinds(self, shape: DraftShape, depths: Integers, random: Bools) -> Integers:
+        """The kinds of nodes, see ``Calibration``.
+
+        Args:
+            shape: of their draft.
+            depths: any shape.
+            random: of a shape that broadcasts to it: whether their requests sample.
+        """
+        foreseen = (depths == shape.levels) & self._foresees(shape)
+        return Calibration.RANDOM * random + Calibration.FORESEEN * foreseen
+
+    def _foresees(self, shape: DraftShape) -> bool:
+        """Whether the last level of a draft takes no forward of its own."""
+        return self.forwards(shape.levels) < shape.levels
 
     # What is decided
 
@@ -259,12 +278,13 @@ class BudgetController:
         Returns:
             ``[B]`` draft nodes to keep, roots not counted.
         """
+        kinds = self.kinds(shape, depths, random[:, None])
         if shape == self.full:
-            self._remember(scores, depths, parents, random)
+            self._remember(scores, depths, parents, kinds)
         batch = len(scores)
         if self._probing:
             return np.asarray(np.isfinite(scores[:, 1:]).sum(axis=1))
-        chances = self.calibration(scores[:, 1:], random[:, None])
+        chances = self.calibration(scores[:, 1:], kinds[:, 1:])
         order = np.argsort(-chances, axis=None, kind="stable")
         order = order[chances.ravel()[order] > 0]
         best, _ = self._best_count(chances.ravel()[order], 1.0, batch, others, self._draft_seconds(shape, batch))
@@ -303,25 +323,39 @@ class BudgetController:
     def _best_shape(self, drafting: int, others: int) -> DraftShape | None:
         rows = drafting + others
         best, highest = None, float(rows / (self.verify(rows) + self.other))
-        scores, depths, breadths = (
-            np.concatenate([getattr(tree, name) for tree in self._trees]) for name in ("scores", "depths", "breadths")
+        scores, depths, breadths, kinds = (
+            np.concatenate([getattr(tree, name) for tree in self._trees])
+            for name in ("scores", "depths", "breadths", "kinds")
         )
-        random = np.concatenate([np.full(len(tree.scores), tree.random) for tree in self._trees])
-        chances = self.calibration(scores, random)
-        order = np.argsort(-chances, kind="stable")
-        chances, depths, breadths = chances[order], depths[order], breadths[order]
+        chances = self.calibration(scores, kinds)
         for shape in self.shapes:
             inside = (depths <= shape.levels) & (breadths < shape.width)
+            won = np.where(depths[inside] == shape.levels, self._last_level_wins(shape, chances, depths), 1.0)
             seconds = self._draft_seconds(shape, drafting)
-            count, rate = self._best_count(chances[inside], drafting / len(self._trees), drafting, others, seconds)
+            ordered = -np.sort(-chances[inside] * won)
+            count, rate = self._best_count(ordered, drafting / len(self._trees), drafting, others, seconds)
+            if shape == self.full:
+                rate *= FAVOUR
             if count and rate > highest:
                 best, highest = shape, rate
         return best
 
-    def _remember(self, scores: Floats, depths: Integers, parents: Integers, random: Bools) -> None:
+    def _last_level_wins(self, shape: DraftShape, chances: Floats, depths: Integers) -> float:
+        """What a draft's last level wins of what the same level does in a full draft.
+
+        Where both take no forward of their own it is of the full draft's last level that we know how much of the level
+        above goes on; a shallower draft's is as weak.
+        """
+        if shape.levels == self.full.levels or not self._foresees(shape) or not self._foresees(self.full):
+            return 1.0
+        sums = np.bincount(depths, chances, minlength=self.full.levels + 1)
+        goes_on = sums[self.full.levels] / max(sums[self.full.levels - 1], 1e-9)
+        return float(min(1.0, goes_on * sums[shape.levels - 1] / max(sums[shape.levels], 1e-9)))
+
+    def _remember(self, scores: Floats, depths: Integers, parents: Integers, kinds: Integers) -> None:
         """Keeps a few trees of a draft of the full shape."""
         for row in range(min(len(scores), 2)):
             nodes = slice(1, int(np.isfinite(scores[row]).sum()))
             self._trees.append(
-                _Remembered(scores[row, nodes], depths[row, nodes], parents[row, nodes], bool(random[row]))
+                _Remembered(scores[row, nodes], depths[row, nodes], parents[row, nodes], kinds[row, nodes])
             )

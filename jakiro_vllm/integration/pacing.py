@@ -12,7 +12,7 @@ from torch import Tensor
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 
-from jakiro_vllm.decode.budget import BudgetController, Floats, RowTimes
+from jakiro_vllm.decode.budget import BudgetController, Floats, Integers, RowTimes
 from jakiro_vllm.decode.drafter import DraftShape, TreeDrafter
 from jakiro_vllm.tree.batch import TreeBatch
 from jakiro_vllm.tree.walk import Accepted
@@ -23,20 +23,32 @@ logger = init_logger("vllm.plugins.jakiro.pacing")
 RUNS, LONGEST = 3, 0.5
 
 
+#: Steps that all teach, and of the later ones, which: every so many, since learning takes time, too.
+FIRST_STEPS, LEARN_STEPS = 256, 4
+
+
 class Pacer:
     """Times the steps of a runner on a platform where a call returns when its work is done."""
 
     def __init__(self, controller: BudgetController) -> None:
         self.controller = controller
-        self._scores: dict[str, Floats] = {}
+        #: Of the latest tree of each request: log-probabilities and kinds of its nodes.
+        self._drafts: dict[str, tuple[Floats, Integers]] = {}
         self._began = self._verified = time.perf_counter()
         self._drafted = 0.0
+        self._steps = 0
 
     def begin(self) -> None:
         """A step begins."""
         now = time.perf_counter()
         self.controller.learn_other((now - self._began) - (self._verified - self._began) - self._drafted)
         self._began, self._drafted = now, 0.0
+        self._steps += 1
+
+    @property
+    def _learns(self) -> bool:
+        """Whether this step teaches."""
+        return self._steps <= FIRST_STEPS or self._steps % LEARN_STEPS == 0
 
     def verified(
         self,
@@ -45,7 +57,6 @@ class Pacer:
         has_tree: Tensor,
         rows: int | None,
         accepted: Accepted,
-        random: Tensor,
     ) -> None:
         """The step's samples are there.
 
@@ -55,23 +66,25 @@ class Pacer:
             has_tree: ``[B] bool``.
             rows: of the step, if all of them were roots and nodes; None otherwise.
             accepted: paths.
-            random: ``[B] bool`` whether the request samples.
         """
         self._verified = time.perf_counter()
+        if not self._learns:
+            return
         if rows is not None:
             self.controller.learn_verify(rows, self._verified - self._began)
         sizes = trees.num_nodes.numpy()
         scores = np.full((len(names), trees.width), np.nan)
+        kinds = np.zeros(scores.shape, dtype=np.int64)
         for i in has_tree.nonzero().flatten().tolist():
             # vLLM gives a request that it resumes drafts of its own, all of them -1, which are no tree of ours.
-            held = self._scores.get(names[i])
-            if held is not None and len(held) >= sizes[i]:
-                scores[i, 1 : sizes[i]] = held[1 : sizes[i]]
+            held = self._drafts.get(names[i])
+            if held is not None and len(held[0]) >= sizes[i]:
+                nodes = slice(1, sizes[i])
+                scores[i, nodes], kinds[i, nodes] = held[0][nodes], held[1][nodes]
         hits = np.zeros(scores.shape, dtype=bool)
         on_path = np.arange(accepted.path.shape[1]) <= accepted.num_accepted.numpy()[:, None]
         hits[on_path.nonzero()[0], accepted.path.numpy()[on_path]] = True
         offered = ~np.isnan(scores) & (trees.tokens.numpy() >= 0)  # a grammar may have struck some
-        kinds = np.broadcast_to(random.numpy()[:, None], scores.shape)
         self.controller.learn_trees(scores[offered], hits[offered], kinds[offered])
 
     def plan(self, drafting: int, others: int) -> tuple[DraftShape | None, int]:
@@ -88,18 +101,18 @@ class Pacer:
         started = time.perf_counter()
         trees = draft()
         self._drafted = time.perf_counter() - started
-        self.controller.learn_draft(shape, trees.batch_size, self._drafted)
+        if self._learns:
+            self.controller.learn_draft(shape, trees.batch_size, self._drafted)
         assert trees.scores is not None
-        scores = trees.scores.numpy().astype(np.float64)
-        kept = self.controller.select(
-            shape, scores, trees.depths.numpy(), trees.parents.numpy(), random.numpy(), others
-        )
-        self._scores.update(zip(names, scores, strict=True))
+        scores, depths = trees.scores.numpy().astype(np.float64), trees.depths.numpy()
+        kept = self.controller.select(shape, scores, depths, trees.parents.numpy(), random.numpy(), others)
+        kinds = self.controller.kinds(shape, depths, random.numpy()[:, None])
+        self._drafts.update(zip(names, zip(scores, kinds, strict=True), strict=True))
         return replace(trees, num_nodes=torch.from_numpy(kept) + 1)
 
     def forget(self, name: str) -> None:
         """A request has ended."""
-        self._scores.pop(name, None)
+        self._drafts.pop(name, None)
 
 
 def first_ranks_numbers(numbers: Sequence[float]) -> list[float]:

@@ -300,7 +300,7 @@ class JakiroRunnerMixin:
             return drafting, full
         assert step.accepted is not None
         rows = None if step.prefix_lens.any() else int(step.row_counts.sum())
-        self.pacer.verified(names, step.trees, step.has_tree, rows, step.accepted, self._random(names))
+        self.pacer.verified(names, step.trees, step.has_tree, rows, step.accepted)
         if not drafting:
             return drafting, full
         shape, count = self.pacer.plan(len(drafting), len(names) - len(drafting))

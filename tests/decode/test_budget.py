@@ -74,7 +74,7 @@ def test_a_stall_moves_a_table_little() -> None:
 
 def test_at_first_the_heads_word_counts() -> None:
     scores = np.log(np.array([0.9, 0.5, 0.1]))
-    assert Calibration()(scores, np.zeros(3, dtype=bool)).tolist() == pytest.approx([0.9, 0.5, 0.1], abs=0.03)
+    assert Calibration()(scores, np.zeros(3, dtype=int)).tolist() == pytest.approx([0.9, 0.5, 0.1], abs=0.03)
 
 
 def test_probabilities_are_learnt_for_greedy_and_random_apart(rng: np.random.Generator) -> None:
@@ -84,9 +84,9 @@ def test_probabilities_are_learnt_for_greedy_and_random_apart(rng: np.random.Gen
         said = rng.uniform(0.05, 0.95, 40)
         random = rng.uniform(size=40) < 0.5
         accepted = rng.uniform(size=40) < np.where(random, said, np.sqrt(said))
-        calibration.learn(np.log(said), accepted, random)
+        calibration.learn(np.log(said), accepted, random * Calibration.RANDOM)
     said = np.array([0.2, 0.5, 0.8])
-    found = [calibration(np.log(said), np.full(3, random)) for random in (False, True)]
+    found = [calibration(np.log(said), np.full(3, kind)) for kind in (0, Calibration.RANDOM)]
     assert found[0].tolist() == pytest.approx(np.sqrt(said).tolist(), abs=0.07)
     assert found[1].tolist() == pytest.approx(said.tolist(), abs=0.07)
 
@@ -94,13 +94,13 @@ def test_probabilities_are_learnt_for_greedy_and_random_apart(rng: np.random.Gen
 def test_a_better_score_is_never_less_probable(rng: np.random.Generator) -> None:
     calibration = Calibration()
     for _ in range(50):
-        calibration.learn(-rng.exponential(2.0, 30), rng.uniform(size=30) < 0.5, np.zeros(30, dtype=bool))
-    found = calibration(np.linspace(0.0, -20.0, 300), np.zeros(300, dtype=bool))
+        calibration.learn(-rng.exponential(2.0, 30), rng.uniform(size=30) < 0.5, np.zeros(30, dtype=int))
+    found = calibration(np.linspace(0.0, -20.0, 300), np.zeros(300, dtype=int))
     assert (np.diff(found) <= 0).all()
 
 
 def test_what_is_no_node_has_no_chance() -> None:
-    assert Calibration()(np.array([-np.inf]), np.array([True])).tolist() == [0.0]
+    assert Calibration()(np.array([-np.inf]), np.array([1])).tolist() == [0.0]
 
 
 # Nodes
@@ -113,18 +113,23 @@ class Trees:
     scores: np.ndarray
     depths: np.ndarray
     parents: np.ndarray
+    #: Log-probabilities that are true, whatever the head says.
+    truth: np.ndarray
 
     def arguments(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         return self.scores, self.depths, self.parents, np.ones(len(self.scores), dtype=bool)
 
 
 @functools.cache
-def pool(sharpness: float, shape: DraftShape) -> Trees:
-    return grow(sharpness, POOL, shape, np.random.default_rng(3))
+def pool(sharpness: float, last: float, shape: DraftShape) -> Trees:
+    return grow(sharpness, POOL, shape, np.random.default_rng(3), last)
 
 
-def grow(sharpness: float, batch: int, shape: DraftShape, rng: np.random.Generator) -> Trees:
-    """Trees of a head that knows the target's probabilities: of a node's children the first has ``sharpness``."""
+def grow(sharpness: float, batch: int, shape: DraftShape, rng: np.random.Generator, last: float = 1.0) -> Trees:
+    """Trees of a head that knows the target's probabilities: of a node's children the first has ``sharpness``.
+
+    Of the last level only a share ``last`` comes true.
+    """
     width = 1 + min(BUDGET, shape.width + (shape.levels - 1) * shape.width**2)
     scores, depths, parents = (
         np.full((batch, width), -np.inf),
@@ -148,7 +153,7 @@ def grow(sharpness: float, batch: int, shape: DraftShape, rng: np.random.Generat
         for new, old in enumerate(order):
             score, depth, parent = found[old]
             scores[row, new], depths[row, new], parents[row, new] = score, depth, place.get(parent, -1)
-    return Trees(scores, depths, parents)
+    return Trees(scores, depths, parents, scores + np.log(last) * (depths == shape.levels))
 
 
 def walk(trees: Trees, kept: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -160,7 +165,7 @@ def walk(trees: Trees, kept: np.ndarray, rng: np.random.Generator) -> np.ndarray
             children = [n for n in range(1, count + 1) if trees.parents[row, n] == node]
             draw, chance = rng.uniform(), 0.0
             for child in children:
-                chance += np.exp(trees.scores[row, child] - trees.scores[row, node])
+                chance += np.exp(trees.truth[row, child] - trees.truth[row, node])
                 if draw < chance:
                     hit[child], node = True, child
                     break
@@ -190,7 +195,7 @@ def test_the_chosen_nodes_make_most_tokens_per_second(per_row: float, batch: int
     """No other numbers of nodes per tree have a higher rate; tried one more and one less in each, and all at once."""
     controller, trees = make(per_row, 0.001), grow(0.6, batch, FULL, rng)
     kept = controller.select(FULL, *trees.arguments())
-    chances = controller.calibration(trees.scores[:, 1:], np.ones((batch, 1), dtype=bool))
+    chances = controller.calibration(trees.scores[:, 1:], np.ones((batch, 1), dtype=int))
     draft = forwards(FULL.levels) * float(controller.draft(batch * FULL.width))
 
     def rate(counts: np.ndarray) -> float:
@@ -274,6 +279,7 @@ class World:
     per_row: float
     per_forward_row: float
     sharpness: float
+    last: float = 1.0
 
     def seconds(self, rows: int, shape: DraftShape | None, batch: int) -> tuple[float, float]:
         draft = forwards(shape.levels) * (0.01 + self.per_forward_row * batch * shape.width) if shape else 0.0
@@ -281,22 +287,24 @@ class World:
 
     def trees(self, shape: DraftShape, batch: int, step: int) -> Trees:
         """The same few in turn for every policy."""
-        found, chosen = pool(self.sharpness, shape), (step * batch + np.arange(batch)) % POOL
-        return Trees(found.scores[chosen], found.depths[chosen], found.parents[chosen])
+        found, chosen = pool(self.sharpness, self.last, shape), (step * batch + np.arange(batch)) % POOL
+        return Trees(*(part[chosen] for part in vars(found).values()))
 
     def rate(self, controller: BudgetController | DraftShape | None, batch: int, steps: int) -> float:
         """Expected tokens per second; of a fixed shape, all of whose nodes are verified, if no controller is given."""
         rng = np.random.default_rng(1)
         tokens, seconds, rows, trees, kept, shape, drafting = 0.0, 0.0, batch, None, None, None, 0
         for step in range(steps):
-            offered = [] if trees is None else [trees.scores[b, 1 : kept[b] + 1] for b in range(drafting)]
-            emitted = batch + sum(float(np.exp(scores).sum()) for scores in offered)
+            offered = [] if trees is None else [slice(1, kept[b] + 1) for b in range(drafting)]
+            emitted = batch + sum(float(np.exp(trees.truth[b, nodes]).sum()) for b, nodes in enumerate(offered))
             verified = self.seconds(rows, None, batch)[0]
             if isinstance(controller, BudgetController):
                 controller.learn_verify(rows, verified * rng.uniform(0.9, 1.1))
                 if trees is not None:
                     accepted = walk(trees, kept, rng)
-                    controller.learn_trees(np.concatenate(offered), accepted, np.ones(len(accepted), dtype=bool))
+                    kinds = controller.kinds(shape, trees.depths, np.ones((drafting, 1), dtype=bool))
+                    told = [np.concatenate([x[b, n] for b, n in enumerate(offered)]) for x in (trees.scores, kinds)]
+                    controller.learn_trees(told[0], accepted, told[1])
                 shape, drafting = controller.plan(batch)
             else:
                 shape, drafting = controller, batch if controller else 0
@@ -317,8 +325,14 @@ class World:
 @pytest.mark.parametrize("batch", [1, 4, 12])
 @pytest.mark.parametrize(
     "world",
-    [World(0.002, 0.0005, 0.7), World(0.03, 0.004, 0.6), World(0.06, 0.03, 0.3), World(0.06, 0.002, 0.95)],
-    ids=["cheap", "middling", "hopeless", "sure"],
+    [
+        World(0.002, 0.0005, 0.7),
+        World(0.03, 0.004, 0.6),
+        World(0.06, 0.03, 0.3),
+        World(0.06, 0.002, 0.95),
+        World(0.002, 0.01, 0.9, last=0.3),
+    ],
+    ids=["cheap", "middling", "hopeless", "sure", "weak last level"],
 )
 def test_no_fixed_policy_is_better(world: World, batch: int) -> None:
     """Within 6%: probes, noise and learning have their price."""

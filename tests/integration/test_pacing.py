@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from jakiro_vllm.decode.budget import BudgetController, RowTimes
+from jakiro_vllm.decode.budget import BudgetController, Calibration, RowTimes
 from jakiro_vllm.decode.drafter import DraftShape
-from jakiro_vllm.integration.pacing import Pacer
+from jakiro_vllm.integration.pacing import FIRST_STEPS, LEARN_STEPS, Pacer
 from jakiro_vllm.tree.batch import TreeBatch, chains
 from jakiro_vllm.tree.walk import Accepted
 
@@ -21,11 +21,11 @@ class Recorder(BudgetController):
 
     def __init__(self) -> None:
         times = RowTimes([1, 64], [1.0, 1.0])
-        super().__init__(SHAPE, lambda levels: levels, times, times)
-        self.told: list[tuple[list[float], list[bool], list[bool]]] = []
+        super().__init__(SHAPE, lambda levels: max(1, levels - 1), times, times)
+        self.told: list[tuple[list[float], list[bool], list[int]]] = []
 
-    def learn_trees(self, scores: Any, accepted: Any, random: Any) -> None:
-        self.told.append((scores.tolist(), accepted.tolist(), random.tolist()))
+    def learn_trees(self, scores: Any, accepted: Any, kinds: Any) -> None:
+        self.told.append((scores.tolist(), accepted.tolist(), kinds.tolist()))
 
 
 def tree_of(scores: list[list[float]]) -> TreeBatch:
@@ -52,7 +52,7 @@ def drafted() -> tuple[Pacer, Recorder, TreeBatch]:
 def verify(pacer: Pacer, trees: TreeBatch, path: list[list[int]], counts: list[int]) -> None:
     accepted = Accepted(torch.tensor(path), torch.tensor(path), torch.tensor(counts))
     has_tree = trees.num_nodes > 1
-    pacer.verified(["a", "b"], trees, has_tree, None, accepted, torch.tensor([False, True]))
+    pacer.verified(["a", "b"], trees, has_tree, None, accepted)
 
 
 def test_verified_nodes_are_told_with_their_scores_outcomes_and_kinds(
@@ -63,7 +63,8 @@ def test_verified_nodes_are_told_with_their_scores_outcomes_and_kinds(
     scores, hits, kinds = recorder.told[-1]
     assert scores == pytest.approx([-0.1, -2.0, -3.0, -0.5, -0.7, -0.9])
     assert hits == [True, False, True, False, True, False]
-    assert kinds == [False] * 3 + [True] * 3
+    greedy, random, foreseen = 0, Calibration.RANDOM, Calibration.FORESEEN
+    assert kinds == [greedy, greedy, greedy + foreseen, random, random, random + foreseen]
 
 
 def test_what_lies_behind_the_end_of_a_path_was_not_accepted(drafted: tuple[Pacer, Recorder, TreeBatch]) -> None:
@@ -110,5 +111,13 @@ def test_a_step_counts_as_a_verification_only_if_its_rows_are_known(
     monkeypatch.setattr(recorder, "learn_verify", lambda count, seconds: rows.append(count))
     accepted = Accepted(torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 1), torch.zeros(2, dtype=torch.int64))
     for known in (None, 8):
-        pacer.verified(["a", "b"], trees, trees.num_nodes > 1, known, accepted, torch.zeros(2))
+        pacer.verified(["a", "b"], trees, trees.num_nodes > 1, known, accepted)
     assert rows == [8]
+
+
+def test_later_steps_teach_now_and_then(drafted: tuple[Pacer, Recorder, TreeBatch]) -> None:
+    pacer, recorder, trees = drafted
+    for _ in range(FIRST_STEPS + 4 * LEARN_STEPS):
+        pacer.begin()
+        verify(pacer, trees, [[0, 1, 3], [0, 2, 0]], [2, 1])
+    assert len(recorder.told) == FIRST_STEPS + 4
