@@ -126,8 +126,8 @@ class TreeDrafter:
 
     def observe(self, rows: RoundInput, cache: HeadCache) -> Tensor:
         """Writes the head's KV of the committed rows, prompt chunks included; returns their ``x [T, C]``."""
-        x = self.head.fuse(self.embed(rows.next_tokens), rows.features)
-        cache.write(*self.head.keys_values(x, rows.positions))
+        x, keys, values = self.head.observe(self.embed(rows.next_tokens), rows.features, rows.positions)
+        cache.write(keys, values)
         return x
 
     def grow(self, roots: Roots, cache: HeadCache, shape: DraftShape | None = None) -> TreeBatch:

@@ -321,6 +321,26 @@ class DraftHead(nn.Module):
         x = self.fuse(token_embeds, features)
         return x, self.project(x, positions, keys, values)
 
+    def observe(self, token_embeds: Tensor, features: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``fuse`` and ``keys_values``: all that committed tokens need.
+
+        Args:
+            token_embeds: ``[T, C]``.
+            features: ``[T, C]``.
+            positions: ``[T] int64``.
+
+        Returns:
+            ``(x [T, C], keys [T, G, D], values [T, G, D])``.
+        """
+        few = self._if_few(features)
+        if few is None:
+            x = self.fuse(token_embeds, features)
+            return x, *self.keys_values(x, positions)
+        shape = features.shape[0], 1, self.spec.num_kv_heads, self.spec.head_dim
+        keys, values = features.new_empty(2, *shape).unbind()
+        x, _ = few.project(token_embeds, features, positions, self.rotary_table, keys, values)
+        return x, keys.squeeze(1), values.squeeze(1)
+
     def mix(self, x: Tensor, attended: Tensor, contrastive: bool = False) -> HeadOutput | Mixture:
         """As ``complete``, where only mixtures will be asked for; rows have one dimension."""
         few = self._if_few(x)

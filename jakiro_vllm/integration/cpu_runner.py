@@ -64,12 +64,25 @@ class JakiroCPUModelRunner(JakiroRunnerMixin, CPUModelRunner):
 
     def _verify(self, step: Step, logits: Tensor) -> tuple[Accepted, LogprobsTensors | None]:
         """Walks at once where all requests are greedy and their logits are all that matters, as vLLM samples then."""
+        if step.ancestors is None:
+            return self._sample_roots(step, logits)
         metadata = self.input_batch.sampling_metadata
         if not metadata.all_greedy or not independent_of_path(metadata):
             return self._walk_by_levels(step, logits)
         return walk_highest(step.trees, logits, step.logit_starts, self._levels(step)), None
 
+    def _sample_roots(self, step: Step, logits: Tensor) -> tuple[Accepted, LogprobsTensors | None]:
+        """A step without trees: one token for each request."""
+        every = torch.ones(len(step.row_counts), dtype=torch.bool)
+        metadata = self._metadata_at(self.input_batch.sampling_metadata, [], every)
+        output = self.sampler(logits=logits[step.logit_starts], sampling_metadata=metadata)
+        tokens = output.sampled_token_ids.long()
+        path = torch.zeros_like(tokens)
+        return Accepted(path, tokens, path.squeeze(1)), output.logprobs_tensors
+
     def _compact(self, step: Step) -> None:
+        if step.ancestors is None:
+            return
         assert step.accepted is not None and step.metadata is not None
         sources, destinations = moved_rows(step.tree_starts, step.accepted)
         if not sources.numel():
