@@ -247,14 +247,13 @@ class Runner(JakiroCPUModelRunner):
 
 
 def step_of(trees: Any, starts: torch.Tensor) -> Step:
-    none = torch.zeros_like(starts)
-    return Step(trees, none, none, none, none, trees.num_nodes > 1, none, starts)
+    none, has_tree = torch.zeros_like(starts), trees.num_nodes > 1
+    return Step(trees, none, none, none, none, has_tree, none, starts, ancestors=none if has_tree.any() else None)
 
 
-@pytest.mark.parametrize("size", [1, 9])
-def test_a_greedy_walk_is_that_of_the_levels(size: int, rng: random.Random, sampler: Sampler) -> None:
+def test_a_greedy_walk_is_that_of_the_levels(rng: random.Random, sampler: Sampler) -> None:
     for _ in range(20):
-        parents = [random_parents("random", rng.randint(1, size), rng) for _ in range(4)]
+        parents = [random_parents("random", rng.randint(1, 9), rng) for _ in range(3)] + [[-1, 0]]
         trees = make_batch([(p, [rng.randrange(3) for _ in p]) for p in parents])
         ends = trees.num_nodes.cumsum(0)
         logits = coarse_logits(rng, int(ends[-1]), 3, torch.float32)
@@ -278,4 +277,26 @@ def test_a_greedy_walk_is_that_of_the_levels(size: int, rng: random.Random, samp
 )
 def test_other_batches_are_walked_by_levels(given: SamplingMetadata, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Runner, "_walk_by_levels", lambda self, step, logits: "by levels")
-    assert Runner(given, None)._verify(None, None) == "by levels"
+    step = SimpleNamespace(ancestors=torch.zeros(1))
+    assert Runner(given, None)._verify(step, None) == "by levels"
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_num_logprobs": 2}], ids=["tokens", "logprobs"])
+@pytest.mark.parametrize("temperatures", [[0.0, 0.0, 0.0], [0.7, 0.0, 1.3]], ids=["greedy", "mixed"])
+def test_a_step_without_trees_is_that_of_the_levels(
+    temperatures: list[float], settings: dict[str, Any], rng: random.Random, sampler: Sampler
+) -> None:
+    """A row of logits between two requests' roots belongs to drafts that hang under no last token."""
+    logits = torch.tensor([[rng.gauss(0, 1) for _ in range(VOCAB)] for _ in range(4)])
+    step = step_of(make_batch([([-1], [0])] * 3), torch.tensor([0, 1, 3]))
+
+    def runner() -> Runner:
+        generators = {i: torch.Generator().manual_seed(i) for i in range(3) if temperatures[i]}
+        return Runner(metadata(temperatures, generators, **settings), sampler)
+
+    found, wanted = runner()._verify(step, logits.clone()), runner()._walk_by_levels(step, logits.clone())
+    for name in ("path", "tokens", "num_accepted"):
+        assert torch.equal(getattr(found[0], name), getattr(wanted[0], name)), name
+    assert (found[1] is None) == (not settings)
+    for one, two in zip((found[1] or ())[:3], (wanted[1] or ())[:3], strict=True):
+        assert torch.equal(one, two)
