@@ -44,8 +44,8 @@ PLAN_STEPS = 32
 REMEMBERED_TREES = 24
 #: Trees without which nothing is planned.
 FIRST_TREES = 24
-#: What a full draft is thought to gain above its rate: estimates err by as much, and it is what all is learnt from.
-FAVOUR = 1.02
+#: Steps without a draft before the first plan, so that their cost is known.
+FIRST_PLAIN = 3
 
 
 class RowTimes:
@@ -193,10 +193,13 @@ class BudgetController:
         widths = sorted({1, full.width // 2 or 1, full.width})
         #: In the order in which a tie is decided: the less, the earlier.
         self.shapes = [DraftShape(levels, width) for width in widths for levels in range(1, full.levels + 1)]
-        self._others: deque[float] = deque([other], maxlen=33)
-        self._trees: deque[_Remembered] = deque(maxlen=REMEMBERED_TREES)
-        self._plan: tuple[tuple[int, int], int, DraftShape | None] | None = None
+        #: Of steps without a draft, and with one.
+        self._others: tuple[deque[float], ...] = (deque([other], maxlen=33), deque([other], maxlen=33))
+        #: Of greedy requests and of those that sample, whose trees are as different as their chances.
+        self._trees: tuple[deque[_Remembered], ...] = (deque(maxlen=REMEMBERED_TREES), deque(maxlen=REMEMBERED_TREES))
+        self._plan: tuple[tuple[int, int, int], int, DraftShape | None] | None = None
         self._steps = 0
+        self._plain = FIRST_PLAIN
         self._probing = False
 
     # What is learnt
@@ -209,9 +212,9 @@ class BudgetController:
         """Takes the time of a draft of so many trees."""
         self.draft.learn(batch * shape.width, seconds / self.forwards(shape.levels))
 
-    def learn_other(self, seconds: float) -> None:
+    def learn_other(self, seconds: float, drafted: bool) -> None:
         """Takes the time of a step outside verification and draft; the median counts, since servers wait."""
-        self._others.append(seconds)
+        self._others[drafted].append(seconds)
 
     def learn_trees(self, scores: Floats, accepted: Bools, kinds: Integers) -> None:
         """Takes the outcome of a verification; see ``Calibration.learn``."""
@@ -235,21 +238,26 @@ class BudgetController:
 
     # What is decided
 
-    def plan(self, drafting: int, others: int = 0) -> tuple[DraftShape | None, int]:
+    def plan(self, drafting: int, others: int = 0, random: int = 0) -> tuple[DraftShape | None, int]:
         """The shape of the next draft.
 
         Args:
             drafting: requests that could have a tree.
             others: rows of other requests in the next step.
+            random: how many of those that could have a tree sample.
 
         Returns:
             ``(shape or None for no draft, how many of the requests draft)``.
         """
-        if len(self._trees) < FIRST_TREES:
+        kinds = drafting - random, random
+        if any(count and len(trees) < FIRST_TREES for count, trees in zip(kinds, self._trees, strict=True)):
             return self.full, drafting
-        key = drafting, others
+        if self._plain:
+            self._plain -= 1
+            return None, 0
+        key = drafting, others, random
         if self._plan is None or self._plan[0] != key or self._plan[1] <= 0:
-            self._plan = key, PLAN_STEPS, self._best_shape(drafting, others)
+            self._plan = key, PLAN_STEPS, self._best_shape(kinds, others)
         _, left, shape = self._plan
         self._plan = key, left - 1, shape
         self._steps += 1
@@ -287,7 +295,8 @@ class BudgetController:
         chances = self.calibration(scores[:, 1:], kinds[:, 1:])
         order = np.argsort(-chances, axis=None, kind="stable")
         order = order[chances.ravel()[order] > 0]
-        best, _ = self._best_count(chances.ravel()[order], 1.0, batch, others, self._draft_seconds(shape, batch))
+        ordered, seconds = chances.ravel()[order], self._draft_seconds(shape, batch)
+        best, _ = self._best_count(ordered, np.ones(len(ordered)), batch, others, seconds)
         if self._steps % HALF_STEPS == HALF_STEPS // 2:
             best //= 2
         kept = np.zeros(chances.size, dtype=bool)
@@ -296,46 +305,49 @@ class BudgetController:
 
     # How
 
-    @property
-    def other(self) -> float:
-        """Seconds of a step outside verification and draft."""
-        return statistics.median(self._others)
+    def other(self, drafted: bool) -> float:
+        """Seconds of a step outside verification and draft; a draft has to be kept and handed over, too."""
+        return statistics.median(self._others[drafted])
 
     def _draft_seconds(self, shape: DraftShape, batch: int) -> float:
         return self.forwards(shape.levels) * float(self.draft(batch * shape.width))
 
-    def _best_count(self, chances: Floats, per_tree: float, batch: int, others: int, draft: float) -> tuple[int, float]:
+    def _best_count(self, chances: Floats, weights: Floats, batch: int, others: int, draft: float) -> tuple[int, float]:
         """``(nodes, tokens per second)`` where the rate is highest.
 
         Args:
             chances: ``[M]`` of nodes, descending.
-            per_tree: nodes of the next step that each of them stands for.
+            weights: ``[M]`` nodes of the next step that each of them stands for.
             batch: requests that draft.
             others: rows beside theirs.
             draft: seconds of the draft.
         """
-        counts = np.arange(len(chances) + 1) * per_tree
-        tokens = batch + others + np.concatenate([[0.0], chances.cumsum() * per_tree])
-        rates = tokens / (self.verify(batch + others + counts) + draft + self.other)
+        counts = np.concatenate([[0.0], weights.cumsum()])
+        tokens = batch + others + np.concatenate([[0.0], (chances * weights).cumsum()])
+        rates = tokens / (self.verify(batch + others + counts) + draft + self.other(drafted=True))
         best = int(rates.argmax())
         return best, float(rates[best])
 
-    def _best_shape(self, drafting: int, others: int) -> DraftShape | None:
+    def _best_shape(self, kinds: tuple[int, int], others: int) -> DraftShape | None:
+        """For so many greedy requests and so many that sample."""
+        drafting = sum(kinds)
         rows = drafting + others
-        best, highest = None, float(rows / (self.verify(rows) + self.other))
-        scores, depths, breadths, kinds = (
-            np.concatenate([getattr(tree, name) for tree in self._trees])
+        best, highest = None, float(rows / (self.verify(rows) + self.other(drafted=False)))
+        trees = [tree for count, some in zip(kinds, self._trees, strict=True) if count for tree in some]
+        each = [count / len(some) for count, some in zip(kinds, self._trees, strict=True) if count for _ in some]
+        scores, depths, breadths, sorts = (
+            np.concatenate([getattr(tree, name) for tree in trees])
             for name in ("scores", "depths", "breadths", "kinds")
         )
-        chances = self.calibration(scores, kinds)
+        weights = np.repeat(each, [len(tree.scores) for tree in trees])
+        chances = self.calibration(scores, sorts)
         for shape in self.shapes:
             inside = (depths <= shape.levels) & (breadths < shape.width)
-            won = np.where(depths[inside] == shape.levels, self._last_level_wins(shape, chances, depths), 1.0)
+            wins = self._last_level_wins(shape, chances * weights, depths)
+            won = chances[inside] * np.where(depths[inside] == shape.levels, wins, 1.0)
+            order = np.argsort(-won)
             seconds = self._draft_seconds(shape, drafting)
-            ordered = -np.sort(-chances[inside] * won)
-            count, rate = self._best_count(ordered, drafting / len(self._trees), drafting, others, seconds)
-            if shape == self.full:
-                rate *= FAVOUR
+            count, rate = self._best_count(won[order], weights[inside][order], drafting, others, seconds)
             if count and rate > highest:
                 best, highest = shape, rate
         return best
@@ -353,9 +365,10 @@ class BudgetController:
         return float(min(1.0, goes_on * sums[shape.levels - 1] / max(sums[shape.levels], 1e-9)))
 
     def _remember(self, scores: Floats, depths: Integers, parents: Integers, kinds: Integers) -> None:
-        """Keeps a few trees of a draft of the full shape."""
-        for row in range(min(len(scores), 2)):
+        """Keeps a few trees of a draft of the full shape, of each kind of request."""
+        random = kinds[:, 0] & Calibration.RANDOM
+        for row in (row for kind in (0, 1) for row in (random == kind).nonzero()[0][:2]):
             nodes = slice(1, int(np.isfinite(scores[row]).sum()))
-            self._trees.append(
+            self._trees[random[row]].append(
                 _Remembered(scores[row, nodes], depths[row, nodes], parents[row, nodes], kinds[row, nodes])
             )

@@ -41,7 +41,7 @@ class Pacer:
     def begin(self) -> None:
         """A step begins."""
         now = time.perf_counter()
-        self.controller.learn_other((now - self._began) - (self._verified - self._began) - self._drafted)
+        self.controller.learn_other(now - self._verified - self._drafted, drafted=self._drafted > 0)
         self._began, self._drafted = now, 0.0
         self._steps += 1
 
@@ -87,9 +87,9 @@ class Pacer:
         offered = ~np.isnan(scores) & (trees.tokens.numpy() >= 0)  # a grammar may have struck some
         self.controller.learn_trees(scores[offered], hits[offered], kinds[offered])
 
-    def plan(self, drafting: int, others: int) -> tuple[DraftShape | None, int]:
+    def plan(self, drafting: int, others: int, random: int) -> tuple[DraftShape | None, int]:
         """As ``BudgetController.plan``; the first rank's on every rank, since all must launch the same."""
-        shape, count = self.controller.plan(drafting, others)
+        shape, count = self.controller.plan(drafting, others, random)
         planned = [shape.levels, shape.width, count] if shape else [0, 0, 0]
         levels, width, count = map(int, first_ranks_numbers(planned))
         return DraftShape(levels, width) if levels else None, count

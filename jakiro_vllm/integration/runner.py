@@ -303,7 +303,8 @@ class JakiroRunnerMixin:
         self.pacer.verified(names, step.trees, step.has_tree, rows, step.accepted)
         if not drafting:
             return drafting, full
-        shape, count = self.pacer.plan(len(drafting), len(names) - len(drafting))
+        random = int(self._random([names[i] for i in drafting]).sum())
+        shape, count = self.pacer.plan(len(drafting), len(names) - len(drafting), random)
         return drafting[:count], shape or full
 
     def _random(self, names: Sequence[str]) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from jakiro_vllm.decode.budget import PROBE_STEPS, BudgetController, Calibration, RowTimes
+from jakiro_vllm.decode.budget import FIRST_PLAIN, PROBE_STEPS, BudgetController, Calibration, RowTimes
 from jakiro_vllm.decode.drafter import DraftShape
 
 FULL = DraftShape(levels=5, width=3)
@@ -230,6 +230,7 @@ def settled(controller: BudgetController, batch: int, rng: np.random.Generator, 
     """Shows it what full trees look like."""
     for _ in range(30):
         controller.select(FULL, *grow(sharpness, batch, FULL, rng).arguments())
+    assert [controller.plan(batch, random=batch) for _ in range(FIRST_PLAIN)] == [(None, 0)] * FIRST_PLAIN
 
 
 def test_the_first_draft_is_full() -> None:
@@ -239,13 +240,13 @@ def test_the_first_draft_is_full() -> None:
 def test_cheap_rows_make_full_trees(rng: np.random.Generator) -> None:
     controller = make(1e-5, 1e-5)
     settled(controller, 1, rng)
-    assert controller.plan(1) == (FULL, 1)
+    assert controller.plan(1, random=1) == (FULL, 1)
 
 
 def test_dear_rows_make_none_but_for_a_probe_now_and_then(rng: np.random.Generator) -> None:
     controller = make(1.0, 0.5, fixed=0.0)
     settled(controller, 8, rng)
-    plans = [controller.plan(8) for _ in range(4 * PROBE_STEPS)]
+    plans = [controller.plan(8, random=8) for _ in range(4 * PROBE_STEPS)]
     assert set(plans) == {(None, 0), (FULL, 1)}
     assert plans.count((FULL, 1)) == 3
 
@@ -253,7 +254,7 @@ def test_dear_rows_make_none_but_for_a_probe_now_and_then(rng: np.random.Generat
 def test_in_between_drafts_are_narrower_or_shallower(rng: np.random.Generator) -> None:
     controller = make(0.02, 0.01)
     settled(controller, 8, rng)
-    shape, count = controller.plan(8)
+    shape, count = controller.plan(8, random=8)
     assert count == 8
     assert shape is not None
     assert shape != FULL
@@ -264,9 +265,46 @@ def test_in_between_drafts_are_narrower_or_shallower(rng: np.random.Generator) -
 def test_a_plan_follows_the_load(rng: np.random.Generator) -> None:
     controller = make(0.02, 0.005)
     settled(controller, 1, rng)
-    shapes = [controller.plan(batch)[0] for batch in (1, 64, 1)]
+    shapes = [controller.plan(batch, random=batch)[0] for batch in (1, 64, 1)]
     assert shapes[0] == shapes[2] == FULL
     assert shapes[1] != FULL
+
+
+def test_steps_without_a_draft_cost_less_beside_it_too(rng: np.random.Generator) -> None:
+    """A draft that would pay for itself does not pay for what has to be done with it."""
+    shapes = []
+    for plain in (3.0, 0.05):
+        controller = make(0.01, 0.01)
+        settled(controller, 4, rng, sharpness=0.5)
+        for _ in range(33):
+            controller.learn_other(3.0, drafted=True)
+            controller.learn_other(plain, drafted=False)
+        shapes.append(controller.plan(4, random=4)[0])
+    assert shapes[0] is not None
+    assert shapes[1] is None
+
+
+def test_greedy_requests_and_others_are_planned_for_apart(rng: np.random.Generator) -> None:
+    """The head is sure of the greedy ones' texts and knows nothing of the others'."""
+    controller = make(0.05, 0.01)
+    for sharpness, sampled in ((0.95, False), (0.05, True)):
+        for _ in range(30):
+            trees = grow(sharpness, 2, FULL, rng)
+            controller.select(FULL, trees.scores, trees.depths, trees.parents, np.full(2, sampled))
+    assert [controller.plan(8, random=4) for _ in range(FIRST_PLAIN)] == [(None, 0)] * FIRST_PLAIN
+    greedy, mixed, random = (controller.plan(8, random=count)[0] for count in (0, 4, 8))
+    assert greedy is not None
+    assert greedy.levels >= FULL.levels - 1
+    assert random is None
+    assert mixed is not None
+    assert controller.plan(8, random=8) == (None, 0)
+
+
+def test_nothing_is_planned_for_a_kind_of_which_nothing_is_known(rng: np.random.Generator) -> None:
+    controller = make(1.0, 0.5, fixed=0.0)
+    settled(controller, 8, rng)
+    assert controller.plan(8, random=8)[0] is None
+    assert controller.plan(8, random=7) == (FULL, 8)
 
 
 # All of it
@@ -305,7 +343,7 @@ class World:
                     kinds = controller.kinds(shape, trees.depths, np.ones((drafting, 1), dtype=bool))
                     told = [np.concatenate([x[b, n] for b, n in enumerate(offered)]) for x in (trees.scores, kinds)]
                     controller.learn_trees(told[0], accepted, told[1])
-                shape, drafting = controller.plan(batch)
+                shape, drafting = controller.plan(batch, random=batch)
             else:
                 shape, drafting = controller, batch if controller else 0
             drafted = self.seconds(0, shape, drafting)[1]
