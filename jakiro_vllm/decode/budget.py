@@ -44,6 +44,8 @@ PLAN_STEPS = 32
 REMEMBERED_TREES = 24
 #: Trees without which nothing is planned.
 FIRST_TREES = 24
+#: What a draft must promise of the rate without one: estimates err, and a plain step is never worse than no speculation.
+LEAST_GAIN = 1.05
 #: Steps without a draft before the first plan, so that their cost is known.
 FIRST_PLAIN = 3
 
@@ -332,7 +334,7 @@ class BudgetController:
         """For so many greedy requests and so many that sample."""
         drafting = sum(kinds)
         rows = drafting + others
-        best, highest = None, float(rows / (self.verify(rows) + self.other(drafted=False)))
+        best, highest = None, LEAST_GAIN * float(rows / (self.verify(rows) + self.other(drafted=False)))
         trees = [tree for count, some in zip(kinds, self._trees, strict=True) if count for tree in some]
         each = [count / len(some) for count, some in zip(kinds, self._trees, strict=True) if count for _ in some]
         scores, depths, breadths, sorts = (
