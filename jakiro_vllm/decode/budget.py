@@ -44,7 +44,7 @@ PLAN_STEPS = 32
 REMEMBERED_TREES = 24
 #: Trees without which nothing is planned.
 FIRST_TREES = 24
-#: What a draft must promise of the rate without one: estimates err, and a plain step is never worse than no speculation.
+#: What a draft must promise of the rate without one: estimates err, and a plain step is what none would do.
 LEAST_GAIN = 1.05
 #: Steps without a draft before the first plan, so that their cost is known.
 FIRST_PLAIN = 3
