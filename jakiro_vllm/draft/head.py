@@ -258,7 +258,6 @@ class DraftHead(nn.Module):
                     down=experts.down.weight,
                     num_heads=spec.num_heads,
                     num_experts=spec.num_experts,
-                    contrast=spec.has_contrast,
                 )
             )
 

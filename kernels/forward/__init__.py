@@ -39,12 +39,11 @@ class HeadWeights:
         output: ``[C, H D]``.
         norm: ``[C]``.
         eps: of the RMSNorm.
-        gate: ``[E or E + 2, C]``; None for one expert.
+        gate: ``[E or E + 2, C]``, with those that weigh a contrastive output last; None for one expert.
         up: ``[2 E I, C]``: gate projections, then up projections.
         down: ``[C, E I]``.
         num_heads: H.
         num_experts: E.
-        contrast: whether the last two rows of the gate weigh a contrastive output.
     """
 
     fuse: Tensor
@@ -58,7 +57,6 @@ class HeadWeights:
     down: Tensor
     num_heads: int
     num_experts: int
-    contrast: bool
 
     @property
     def matrices(self) -> tuple[Tensor, ...]:

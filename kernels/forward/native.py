@@ -51,7 +51,7 @@ class FewRows:
         """Packs; see ``pack``."""
         self.library = library
         self.dtype = weights.fuse.dtype
-        self.num_heads, self.num_experts, self.contrast = weights.num_heads, weights.num_experts, weights.contrast
+        self.num_heads, self.num_experts = weights.num_heads, weights.num_experts
         self.hidden, self.width = weights.down.shape
         self.norm, self.gate, self.eps = weights.norm.detach(), weights.gate, weights.eps
         self._held: list[Tensor | None] = []

@@ -45,7 +45,6 @@ def random_weights(
         down=matrix(hidden, num_experts * width),
         num_heads=H,
         num_experts=num_experts,
-        contrast=contrast,
     )
 
 
@@ -113,7 +112,7 @@ def test_after_attention(
         found = few.complete(x, attended, contrastive)
     residual = (wide(x) + F.linear(wide(attended), wide(weights.output))).to(dtype)
     # Which experts are selected must not hang on a rounding, so the oracle routes as it is rounded.
-    routing = experts.route(residual, weights.norm, weights.eps, weights.gate, num_experts, weights.contrast)
+    routing = experts.route(residual, weights.norm, weights.eps, weights.gate, num_experts, num_experts > 1)
     routing = replace(
         routing,
         normed=wide(routing.normed),
