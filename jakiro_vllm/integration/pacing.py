@@ -23,8 +23,8 @@ logger = init_logger("vllm.plugins.jakiro.pacing")
 RUNS, LONGEST = 3, 0.5
 
 
-#: Steps that all teach, and of the later ones, which: every so many, since learning takes time, too. It shares no factor
-#: with the intervals of the budget's probes, which might otherwise always fall between.
+#: Steps that all teach, and of the later ones every so many, since learning takes time, too. It shares no factor with
+#: the intervals of the budget's probes, which might otherwise always fall between.
 FIRST_STEPS, LEARN_STEPS = 256, 5
 
 
