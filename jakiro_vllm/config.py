@@ -6,7 +6,7 @@ The command line, ``--speculative-config`` and ``LLM(speculative_config=...)`` a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from jakiro_vllm.errors import JakiroConfigError
@@ -16,6 +16,8 @@ MAX_NODES = 64
 MAX_NODE_BUDGET = MAX_NODES - 1
 MAX_DEPTH = 16
 POLICIES = ("auto", "mixture", "decoupled")
+#: The method's depth, and how deep trees may become that adapt: those end where a further level does not pay.
+DEPTH, ADAPTIVE_DEPTH = 6, 12
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class TreeConfig:
     """
 
     node_budget: int = 16
-    depth: int = 6
+    depth: int = DEPTH
     top_k: int = 4
     policy: str = "auto"
     adaptive: bool | None = None
@@ -69,6 +71,20 @@ class TreeConfig:
     def num_nodes(self) -> int:
         """Rows of a full tree, root included."""
         return self.node_budget + 1
+
+    @classmethod
+    def for_platform(cls, values: Mapping[str, Any], can_adapt: bool) -> TreeConfig:
+        """Builds a configuration from user input, and decides what the user has left open.
+
+        Args:
+            values: as of ``from_dict``.
+            can_adapt: whether trees can adapt to the load on this platform, and then do.
+        """
+        config = cls.from_dict(dict(values) | {"depth": values.get("depth", 1)})
+        adaptive = can_adapt if config.adaptive is None else config.adaptive
+        room = min(config.node_budget, 1 + MAX_NODES // config.top_k)
+        depth = min(ADAPTIVE_DEPTH if adaptive else DEPTH, room)
+        return replace(config, adaptive=adaptive, depth=values.get("depth", depth))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TreeConfig:

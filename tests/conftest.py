@@ -6,6 +6,11 @@ import os
 
 # Triton reads this when a kernel is defined, so it comes before every import: the kernels' tests interpret them.
 os.environ["TRITON_INTERPRET"] = "1"
+# Workers side by side share the cores: more OpenMP threads than cores wait for one another (engines take twice as
+# long), and vLLM would bind every worker's engine to the same core.
+if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // workers)))
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 import random
 from collections.abc import Callable

@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 
-from jakiro_vllm.config import MAX_DEPTH, MAX_NODE_BUDGET, MAX_NODES, POLICIES, TreeConfig
+from jakiro_vllm.config import (
+    ADAPTIVE_DEPTH,
+    DEPTH,
+    MAX_DEPTH,
+    MAX_NODE_BUDGET,
+    MAX_NODES,
+    POLICIES,
+    TreeConfig,
+)
 from jakiro_vllm.errors import HeadCheckpointError, JakiroConfigError, JakiroError
 
 
@@ -75,6 +83,36 @@ def test_a_budget_below_the_depth() -> None:
 def test_beams_that_do_not_fit_a_word() -> None:
     with pytest.raises(JakiroConfigError, match=r"at most 64, got \(6 - 1\) \* 13 = 65; lower one of them"):
         TreeConfig(depth=6, top_k=13)
+
+
+@pytest.mark.parametrize(
+    ("values", "can_adapt", "expected"),
+    [
+        ({}, True, (ADAPTIVE_DEPTH, True)),
+        ({}, False, (DEPTH, False)),
+        ({"adaptive": False}, True, (DEPTH, False)),
+        ({"adaptive": True}, False, (ADAPTIVE_DEPTH, True)),  # which the front end refuses
+        ({"depth": 3}, True, (3, True)),
+        ({"depth": 3}, False, (3, False)),
+        ({"node_budget": 4}, False, (4, False)),
+        ({"node_budget": 8}, True, (8, True)),
+        ({"top_k": 16}, True, (5, True)),
+        ({"top_k": 63}, False, (2, False)),
+    ],
+)
+def test_what_the_platform_decides(values: dict[str, Any], can_adapt: bool, expected: tuple[int, bool]) -> None:
+    config = TreeConfig.for_platform(values, can_adapt)
+    assert (config.depth, config.adaptive) == expected
+    for name, value in values.items():
+        assert getattr(config, name) == value
+
+
+@pytest.mark.parametrize(
+    "values", [{"depth": 0}, {"depth": None}, {"depth": 5, "node_budget": 4}, {"depth": 12, "top_k": 8}]
+)
+def test_the_platform_overrules_nothing(values: dict[str, Any]) -> None:
+    with pytest.raises(JakiroConfigError, match=r"depth"):
+        TreeConfig.for_platform(values, can_adapt=True)
 
 
 def test_unknown_keys() -> None:

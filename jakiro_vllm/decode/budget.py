@@ -38,6 +38,8 @@ PROBE_STEPS = 96
 #: Steps between those that verify only half of what seems best: around a best number of rows rates hardly differ, and
 #: it is found only if times on both sides of it are known.
 HALF_STEPS = 32
+#: Depths among which a plan chooses, up to the configured one: neighbours hardly differ where trees are deep.
+LEVELS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14)
 #: Steps for which a plan holds.
 PLAN_STEPS = 32
 #: Trees whose nodes stand for those of the next draft.
@@ -193,8 +195,9 @@ class BudgetController:
         self.draft = draft
         self.calibration = Calibration()
         widths = sorted({1, full.width // 2 or 1, full.width})
+        depths = sorted({*(levels for levels in LEVELS if levels < full.levels), full.levels})
         #: In the order in which a tie is decided: the less, the earlier.
-        self.shapes = [DraftShape(levels, width) for width in widths for levels in range(1, full.levels + 1)]
+        self.shapes = [DraftShape(levels, width) for width in widths for levels in depths]
         #: Of steps without a draft, and with one.
         self._others: tuple[deque[float], ...] = (deque([other], maxlen=33), deque([other], maxlen=33))
         #: Of greedy requests and of those that sample, whose trees are as different as their chances.
@@ -253,7 +256,7 @@ class BudgetController:
         """
         kinds = drafting - random, random
         if any(count and len(trees) < FIRST_TREES for count, trees in zip(kinds, self._trees, strict=True)):
-            return self.full, drafting
+            return self.full, drafting if all(kinds) else min(drafting, FIRST_TREES)
         if self._plain:
             self._plain -= 1
             return None, 0
@@ -369,8 +372,9 @@ class BudgetController:
     def _remember(self, scores: Floats, depths: Integers, parents: Integers, kinds: Integers) -> None:
         """Keeps a few trees of a draft of the full shape, of each kind of request."""
         random = kinds[:, 0] & Calibration.RANDOM
-        for row in (row for kind in (0, 1) for row in (random == kind).nonzero()[0][:2]):
-            nodes = slice(1, int(np.isfinite(scores[row]).sum()))
-            self._trees[random[row]].append(
-                _Remembered(scores[row, nodes], depths[row, nodes], parents[row, nodes], kinds[row, nodes])
-            )
+        for kind, trees in enumerate(self._trees):
+            for row in (random == kind).nonzero()[0][: max(2, len(scores) // 4)]:
+                nodes = slice(1, int(np.isfinite(scores[row]).sum()))
+                trees.append(
+                    _Remembered(scores[row, nodes], depths[row, nodes], parents[row, nodes], kinds[row, nodes])
+                )

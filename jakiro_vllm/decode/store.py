@@ -33,6 +33,7 @@ class TreeStore:
         self._tokens: dict[str, list[int]] = {}
         self._free: list[int] = []
         self._trees = self._empty(0)
+        self._roots: TreeBatch | None = None
 
     def __len__(self) -> int:
         """Requests that have a tree."""
@@ -79,6 +80,8 @@ class TreeStore:
                 stored tree keeps its topology, -1 in places of struck nodes included; anything else becomes a
                 chain. -1 is never accepted.
         """
+        if not any(scheduled):
+            return self._bare(len(request_ids))
         slots, counts, struck, strangers = [], [], [], []
         for row, (name, tokens) in enumerate(zip(request_ids, scheduled, strict=True)):
             counts.append(len(tokens) + 1)
@@ -103,6 +106,12 @@ class TreeStore:
             for mine, new in zip(_tensors(trees), _tensors(as_chains), strict=True):
                 mine[rows] = new
         return TreeBatch(trees.tokens, trees.parents, trees.depths, trees.ancestors, num_nodes)
+
+    def _bare(self, batch: int) -> TreeBatch:
+        """Roots alone; those of the last such batch serve again if it was as large."""
+        if self._roots is None or self._roots.batch_size != batch:
+            self._roots = self._empty(batch)
+        return self._roots
 
     def parents(self, request_id: str) -> list[int]:
         """The parent of each of a request's draft tokens, as its place among them; -1 for children of the root."""

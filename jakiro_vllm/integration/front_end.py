@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,14 +91,13 @@ def _select(args: EngineArgs, target: ModelConfig, parallel: ParallelConfig) -> 
     if "node_budget" in tree:
         raise JakiroConfigError("give the node budget as 'num_speculative_tokens', not inside 'tree'")
     budget = given.get("num_speculative_tokens")
-    config = TreeConfig.from_dict(tree | ({} if budget is None else {"node_budget": budget}))
     worker = choose_worker()
-    if config.adaptive and worker != WORKERS["cpu"]:
+    can_adapt = worker == WORKERS["cpu"]
+    config = TreeConfig.for_platform(tree | ({} if budget is None else {"node_budget": budget}), can_adapt)
+    if config.adaptive and not can_adapt:
         raise JakiroConfigError(
             "tree.adaptive works on vLLM's CPU platform only, so far; leave it out, and trees are as configured"
         )
-    if config.adaptive is None:
-        config = replace(config, adaptive=worker == WORKERS["cpu"])
     check_target(args, target, parallel, worker)
     folder = locate_head(name, target.model, args.download_dir)
     spec = read_spec(folder)

@@ -73,6 +73,8 @@ class Pacer:
             return
         if rows is not None:
             self.controller.learn_verify(rows, self._verified - self._began)
+        if not has_tree.any():
+            return
         sizes = trees.num_nodes.numpy()
         scores = np.full((len(names), trees.width), np.nan)
         kinds = np.zeros(scores.shape, dtype=np.int64)

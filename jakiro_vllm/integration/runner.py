@@ -22,6 +22,7 @@ from vllm.v1.outputs import DraftTokenIds, LogprobsTensors, SamplerOutput
 from vllm.v1.sample.metadata import SamplingMetadata
 
 from jakiro_vllm.cache.commit import CommittedRows, committed_rows
+from jakiro_vllm.decode.backlog import Backlog
 from jakiro_vllm.decode.drafter import DraftShape, HeadCache, Roots, RoundInput
 from jakiro_vllm.decode.store import TreeStore
 from jakiro_vllm.integration.layers import check_layers
@@ -84,6 +85,8 @@ class JakiroRunnerMixin:
     _store: TreeStore | None = None
     #: Adapts the trees to the load; None where they are as configured.
     pacer: Pacer | None = None
+    #: What the head has yet to read; always empty where trees do not adapt.
+    backlog: Backlog
 
     # What a platform brings
 
@@ -126,6 +129,7 @@ class JakiroRunnerMixin:
     def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
         """As vLLM's; then every layer is checked, and budgets are told that logits have one row per request."""
         super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
+        self.backlog = Backlog()
         check_layers(self.vllm_config, self.drafter.tree_config.depth, self.tree_backend)  # type: ignore[attr-defined]
         holder = self.input_batch.thinking_budget_state_holder
         if holder is not None:
@@ -149,8 +153,9 @@ class JakiroRunnerMixin:
         """Moves tree rows to the positions of their depths; slots stay where vLLM computed them."""
         result = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)  # type: ignore[misc]
         total = scheduler_output.total_num_scheduled_tokens
-        # Placeholder drafts (-1) that pad a request are computed like any token and never accepted.
-        self.input_ids.gpu[:total].clamp_(min=0)  # type: ignore[attr-defined]
+        if scheduler_output.scheduled_spec_decode_tokens:
+            # Placeholder drafts (-1) that pad a request are computed like any token and never accepted.
+            self.input_ids.gpu[:total].clamp_(min=0)  # type: ignore[attr-defined]
         self._step = step = self._plan_step(scheduler_output, num_scheduled_tokens)
         if step.has_tree.any():
             requests = self.req_indices.gpu[:total]  # type: ignore[attr-defined]
@@ -264,6 +269,12 @@ class JakiroRunnerMixin:
         assert step is not None and step.metadata is not None
         names = self.input_batch.req_ids
         drafting, shape = self._plan_draft(step, names, sampled_token_ids)
+        waits = not drafting and step.ancestors is None and self.pacer is not None and self.backlog.takes(names)
+        if waits and all(sampled_token_ids) and not step.prefix_lens.any():
+            self._leave_for_later(step, names, sampled_token_ids, hidden_states)
+            return [[] for _ in names]
+        paged = step.metadata[HEAD_LAYER]
+        self.catch_up(paged)
         rows = self._committed(step, sampled_token_ids)
         positions = step.base[rows.requests] + rows.offsets
         next_tokens = self.input_batch.token_ids_cpu_tensor[rows.requests, positions + 1].long()
@@ -272,7 +283,6 @@ class JakiroRunnerMixin:
         last = rows.last[chosen]
         per_tree = torch.stack([chosen, last, step.base[chosen] + rows.offsets[last] + 1])
         requests, last, context_lens = upload(per_tree, self.device)
-        paged = step.metadata[HEAD_LAYER]
         cache = self._head_cache(paged, requests, context_lens, paged.slot_mapping[rows.destinations])
         drafter = self.drafter.drafter
         x = drafter.observe(RoundInput(hidden_states[rows.sources], next_tokens, positions), cache)
@@ -289,6 +299,27 @@ class JakiroRunnerMixin:
             for i, tokens in zip(drafting, self.tree_store.put(growing, trees), strict=True):
                 drafts[i] = tokens
         return drafts
+
+    def _leave_for_later(
+        self, step: Step, names: Sequence[str], sampled_token_ids: list[list[int]], hidden_states: Tensor
+    ) -> None:
+        """Keeps a step's rows, one of each request, until the head is asked for a draft."""
+        assert step.metadata is not None
+        batch = len(names)
+        next_tokens = torch.tensor([tokens[0] for tokens in sampled_token_ids], dtype=torch.int64)
+        rows = RoundInput(hidden_states[:batch], next_tokens, step.base)
+        self.backlog.add(names, rows, step.metadata[HEAD_LAYER].slot_mapping[:batch])
+
+    def catch_up(self, paged: Any) -> None:
+        """Lets the head read what waits for it.
+
+        Args:
+            paged: any step's metadata of the head's attention layer.
+        """
+        if len(self.backlog):
+            rows, slots = self.backlog.take()
+            nobody = slots[:0]
+            self.drafter.drafter.observe(rows, self._head_cache(paged, nobody, nobody, slots))
 
     def _plan_draft(
         self, step: Step, names: Sequence[str], sampled_token_ids: list[list[int]]

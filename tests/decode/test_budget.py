@@ -10,7 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from jakiro_vllm.decode.budget import FIRST_PLAIN, PROBE_STEPS, BudgetController, Calibration, RowTimes
+from jakiro_vllm.decode.budget import (
+    FIRST_PLAIN,
+    FIRST_TREES,
+    PROBE_STEPS,
+    BudgetController,
+    Calibration,
+    RowTimes,
+)
 from jakiro_vllm.decode.drafter import DraftShape
 
 FULL = DraftShape(levels=5, width=3)
@@ -233,8 +240,10 @@ def settled(controller: BudgetController, batch: int, rng: np.random.Generator, 
     assert [controller.plan(batch, random=batch) for _ in range(FIRST_PLAIN)] == [(None, 0)] * FIRST_PLAIN
 
 
-def test_the_first_draft_is_full() -> None:
+def test_the_first_drafts_are_full_for_as_many_as_are_wanted() -> None:
     assert make(10.0, 10.0).plan(4) == (FULL, 4)
+    assert make(10.0, 10.0).plan(500, random=500) == (FULL, FIRST_TREES)
+    assert make(10.0, 10.0).plan(500, random=499) == (FULL, 500)  # nobody says which ones are greedy
 
 
 def test_cheap_rows_make_full_trees(rng: np.random.Generator) -> None:

@@ -10,6 +10,7 @@ control) or look into its KV cache. Paths are JSON files.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -67,6 +69,10 @@ def sabotage(runner: Any, what: str) -> Any:
         kept = runner._compact
         runner._compact = lambda step: None
         return lambda: setattr(runner, "_compact", kept)
+    if what == "catching up":  # what was left for later is never read
+        later = cls.catch_up
+        cls.catch_up = lambda self, paged: self.backlog.take() if len(self.backlog) else None
+        return lambda: setattr(cls, "catch_up", later)
     if what == "positions":  # tree rows keep the position of their slot
         original = cls._prepare_inputs
 
@@ -194,6 +200,10 @@ def compare_kv(llm: LLM, runner: Any, phase: dict[str, Any]) -> dict[str, Any]:
     """Speculates a while, then prefills the same tokens into fresh pages and compares the caches."""
     engine = llm.llm_engine
 
+    if "drafts" in phase:  # at these steps of a repeating pattern; the others draft nothing
+        steps, (*drafts, length), full = itertools.count(), phase["drafts"], runner.drafter.drafter.full
+        runner.pacer.controller.plan = lambda n, *_: (full, n) if next(steps) % length in drafts else (None, 0)
+
     def run(name: str, prompt: list[int], stop_after: int) -> tuple[dict[str, torch.Tensor], list[int]]:
         llm.reset_prefix_cache()
         params = SamplingParams(temperature=0.0, max_tokens=4096, ignore_eos=True)
@@ -204,6 +214,7 @@ def compare_kv(llm: LLM, runner: Any, phase: dict[str, Any]) -> dict[str, Any]:
                 break
         tokens = prompt + list(outputs[0].outputs[0].token_ids)
         internal = next(iter(runner.input_batch.req_id_to_index))
+        runner.catch_up(SimpleNamespace(block_table=torch.zeros(1, 1, dtype=torch.int32)))  # of nobody
         kv = read_kv(runner, internal, len(tokens) - 1)  # the last token's KV is not computed yet
         engine.abort_request([name])
         engine.step()
