@@ -9,7 +9,8 @@ the last token, prompt included. Ratios are paired by prompt.
 
 One CSV row per answer; medians and quartiles over prompts go to .json and .md, and a plot to .png. The acceptance
 length comes from /metrics: tokens per verification, bonus token included; a step for which n-gram found nothing to
-propose is no verification. With a dense head (--dense-head) vLLM's EAGLE chain is a side. Pairs that
+propose is no verification. With a dense head (--dense-head) vLLM's EAGLE chain is a side,
+as long as the method's trees are deep, and once more as long as an adaptive tree may become. Pairs that
 ``benchmarks/cost_scaled.py`` makes are measured by --target, --head and --dense-head.
 """
 
@@ -45,6 +46,8 @@ from sides import (
 
 TEMPERATURES = (0.0, 1.0)
 WARM_UP = 2
+#: Sides that all others are compared with.
+RIVALS = ("plain", "eagle", "eagle-long")
 
 
 def counters(server: Server) -> tuple[int, int]:
@@ -125,7 +128,7 @@ def summarise(rows: list[dict[str, Any]], dtype: str) -> list[dict[str, Any]]:
             drafts, accepted = (sum(row[name] for row in own) for name in ("verifications", "accepted"))
             line: dict[str, Any] = {"temperature": temperature, "side": side, "prompts": len(own)}
             line |= Spread.of(list(rates[side].values())).columns("tokens_per_s")
-            for rival in ("plain", "eagle"):
+            for rival in RIVALS:
                 if rival in rates:
                     ratios = [value / rates[rival][prompt] for prompt, value in rates[side].items()]
                     line |= Spread.of(ratios).columns(f"to_{rival}")
@@ -138,7 +141,7 @@ def summarise(rows: list[dict[str, Any]], dtype: str) -> list[dict[str, Any]]:
 
 def table_of(summary: list[dict[str, Any]]) -> str:
     """The summary as Markdown: medians, with quartiles in parentheses."""
-    rivals = [name for name in ("plain", "eagle") if f"to_{name}" in summary[0]]
+    rivals = [name for name in RIVALS if f"to_{name}" in summary[0]]
     header = ["temperature", "side", "tokens/s", *(f"to {LABELS[name]}" for name in rivals), "acceptance length"]
     lines = []
     for line in summary:

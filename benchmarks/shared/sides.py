@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from jakiro_vllm import __version__
+from jakiro_vllm.config import ADAPTIVE_DEPTH, DEPTH
 from jakiro_vllm.draft.registry import EMBEDDED_HEAD, EMBEDDED_TARGET
 from jakiro_vllm.server import Server, running_servers
 from jakiro_vllm.training.corpus import python_sources
@@ -30,17 +31,18 @@ LABELS = {
     "plain": "plain vLLM",
     "ngram": "vLLM, n-gram",
     "eagle": "vLLM, EAGLE chain",
+    "eagle-long": "vLLM, long EAGLE chain",
     "chain": "ours, chain",
     "tree": "ours, fixed tree",
     "adaptive": "ours, adaptive tree",
 }
 #: Sides that need nothing of ours.
-STOCK = ("plain", "ngram", "eagle")
+STOCK = ("plain", "ngram", "eagle", "eagle-long")
 NGRAM = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
-#: Tokens of a chain, vLLM's and ours.
-CHAIN = 6
-#: Nodes, depth and width of a tree.
-NODES, DEPTH, TOP_K = 16, 6, 4
+#: Tokens of a chain, vLLM's and ours, and of vLLM's long one: as many as an adaptive tree may be deep.
+CHAIN, LONG_CHAIN = DEPTH, ADAPTIVE_DEPTH
+#: Nodes and width of a tree.
+NODES, TOP_K = 16, 4
 #: Tokens of the longest prompt that ``held_out_prompts`` cuts.
 LONGEST_PROMPT = 160
 
@@ -54,17 +56,18 @@ def speculation(head: str, dense_head: str | None) -> dict[str, dict[str, Any] |
     """
     ours: dict[str, Any] = {"method": "jakiro", "model": head}
     trees = ours | {"num_speculative_tokens": NODES}
-    tree = {"depth": DEPTH, "top_k": TOP_K}
+    eagle = {"method": "eagle", "model": dense_head}
     found: dict[str, dict[str, Any] | None] = {
         "plain": None,
         "ngram": NGRAM,
-        "eagle": {"method": "eagle", "model": dense_head, "num_speculative_tokens": CHAIN},
+        "eagle": eagle | {"num_speculative_tokens": CHAIN},
+        "eagle-long": eagle | {"num_speculative_tokens": LONG_CHAIN},
         "chain": ours | {"num_speculative_tokens": CHAIN, "tree": {"depth": CHAIN, "top_k": 1, "adaptive": False}},
-        "tree": trees | {"tree": tree | {"adaptive": False}},
-        "adaptive": trees | {"tree": tree | {"adaptive": True}},
+        "tree": trees | {"tree": {"depth": DEPTH, "top_k": TOP_K, "adaptive": False}},
+        "adaptive": trees | {"tree": {"top_k": TOP_K, "adaptive": True}},  # as deep as pays
     }
     if dense_head is None:
-        del found["eagle"]
+        del found["eagle"], found["eagle-long"]
     if torch.cuda.is_available():  # where trees do not adapt yet
         del found["adaptive"]
     return found
@@ -106,6 +109,7 @@ def chosen_sides(args: argparse.Namespace, parser: argparse.ArgumentParser) -> d
     possible = speculation(args.head, args.dense_head)
     needs = {
         "eagle": "--dense-head, a head that jakiro-vllm trained with variant 'dense'",
+        "eagle-long": "--dense-head, a head that jakiro-vllm trained with variant 'dense'",
         "adaptive": "vLLM's CPU build",
     }
     for name in set(args.sides or ()) - set(possible):

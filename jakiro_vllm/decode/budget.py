@@ -32,9 +32,11 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 Integers = NDArray[np.int64]
 
-#: Steps between probes: a full tree for one request where less is planned, so that its worth stays known; every fourth
-#: is a step without a draft, so that its cost does.
-PROBE_STEPS = 96
+#: What probes may take of the time, and the fewest and most steps between them: drafts of the full shape where less is
+#: planned, of which one tree is verified whole, so that its worth stays known.
+PROBE_SHARE, PROBE_STEPS = 0.01, (8, 512)
+#: Steps between those that go without a draft where one is planned, so that their cost stays known.
+PLAIN_STEPS = 384
 #: Steps between those that verify only half of what seems best: around a best number of rows rates hardly differ, and
 #: it is found only if times on both sides of it are known.
 HALF_STEPS = 32
@@ -174,6 +176,16 @@ class _Remembered:
         return breadths
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What was found best for a load (requests that draft, other rows, requests that sample), and until which step."""
+
+    load: tuple[int, int, int]
+    until: int
+    shape: DraftShape | None
+    steps_between_probes: int
+
+
 class BudgetController:
     """Chooses how much to draft, step by step."""
 
@@ -195,17 +207,20 @@ class BudgetController:
         self.draft = draft
         self.calibration = Calibration()
         widths = sorted({1, full.width // 2 or 1, full.width})
-        depths = sorted({*(levels for levels in LEVELS if levels < full.levels), full.levels})
+        # One level more that takes no more forwards costs nothing, and its nodes need not be kept.
+        cheapest = (levels for levels in LEVELS if levels < full.levels and forwards(levels) < forwards(levels + 1))
+        depths = sorted({*cheapest, full.levels})
         #: In the order in which a tie is decided: the less, the earlier.
         self.shapes = [DraftShape(levels, width) for width in widths for levels in depths]
         #: Of steps without a draft, and with one.
         self._others: tuple[deque[float], ...] = (deque([other], maxlen=33), deque([other], maxlen=33))
         #: Of greedy requests and of those that sample, whose trees are as different as their chances.
         self._trees: tuple[deque[_Remembered], ...] = (deque(maxlen=REMEMBERED_TREES), deque(maxlen=REMEMBERED_TREES))
-        self._plan: tuple[tuple[int, int, int], int, DraftShape | None] | None = None
-        self._steps = 0
+        self._plan: _Plan | None = None
+        self._steps = self._since_probe = 0
         self._plain = FIRST_PLAIN
-        self._probing = False
+        #: Whether what was planned last is there to teach.
+        self.probing = False
 
     # What is learnt
 
@@ -260,19 +275,21 @@ class BudgetController:
         if self._plain:
             self._plain -= 1
             return None, 0
-        key = drafting, others, random
-        if self._plan is None or self._plan[0] != key or self._plan[1] <= 0:
-            self._plan = key, PLAN_STEPS, self._best_shape(kinds, others)
-        _, left, shape = self._plan
-        self._plan = key, left - 1, shape
+        load = drafting, others, random
+        if self._plan is None or self._plan.load != load or self._plan.until <= self._steps:
+            shape = self._best_shape(kinds, others)
+            probes = self._steps_between_probes(shape, drafting, others)
+            self._plan = _Plan(load, self._steps + PLAN_STEPS, shape, probes)
+        shape = self._plan.shape
         self._steps += 1
-        self._probing = False
-        if self._steps % PROBE_STEPS == 0:
-            if self._steps % (4 * PROBE_STEPS) == 0:
-                return None, 0
-            if shape != self.full:
-                self._probing = True
-                return self.full, 1
+        self._since_probe += 1
+        self.probing = False
+        if shape is not None and self._steps % PLAIN_STEPS == 0:
+            return None, 0
+        if shape != self.full and self._since_probe >= self._plan.steps_between_probes:
+            self._since_probe = 0
+            self.probing = True
+            return self.full, 1 if shape is None else drafting
         return shape, drafting if shape else 0
 
     def select(
@@ -295,8 +312,6 @@ class BudgetController:
         if shape == self.full:
             self._remember(scores, depths, parents, kinds)
         batch = len(scores)
-        if self._probing:
-            return np.asarray(np.isfinite(scores[:, 1:]).sum(axis=1))
         chances = self.calibration(scores[:, 1:], kinds[:, 1:])
         order = np.argsort(-chances, axis=None, kind="stable")
         order = order[chances.ravel()[order] > 0]
@@ -306,6 +321,8 @@ class BudgetController:
             best //= 2
         kept = np.zeros(chances.size, dtype=bool)
         kept[order[:best]] = True
+        if self.probing:
+            kept[: chances.shape[1]] = np.isfinite(scores[0, 1:])
         return kept.reshape(chances.shape).sum(axis=1)
 
     # How
@@ -313,6 +330,17 @@ class BudgetController:
     def other(self, drafted: bool) -> float:
         """Seconds of a step outside verification and draft; a draft has to be kept and handed over, too."""
         return statistics.median(self._others[drafted])
+
+    def _steps_between_probes(self, shape: DraftShape | None, drafting: int, others: int) -> int:
+        """So many that what probes take beyond what is planned stays within their share of the time."""
+        probed = 1 if shape is None else drafting
+        nodes = max(len(tree.scores) for trees in self._trees for tree in trees)
+        planned = float(self.verify(drafting + others)) + self.other(drafted=shape is not None)
+        drafted = 0.0 if shape is None else self._draft_seconds(shape, drafting)
+        more = self._draft_seconds(self.full, probed) - drafted
+        more += float(self.verify(drafting + others + nodes) - self.verify(drafting + others))
+        fewest, most = PROBE_STEPS
+        return min(max(fewest, math.ceil(more / (PROBE_SHARE * (planned + drafted)))), most)
 
     def _draft_seconds(self, shape: DraftShape, batch: int) -> float:
         return self.forwards(shape.levels) * float(self.draft(batch * shape.width))
@@ -373,7 +401,8 @@ class BudgetController:
         """Keeps a few trees of a draft of the full shape, of each kind of request."""
         random = kinds[:, 0] & Calibration.RANDOM
         for kind, trees in enumerate(self._trees):
-            for row in (random == kind).nonzero()[0][: max(2, len(scores) // 4)]:
+            rows = np.roll((random == kind).nonzero()[0], -self._steps)  # not always of the same requests
+            for row in rows[: max(2, len(scores) // 2)]:
                 nodes = slice(1, int(np.isfinite(scores[row]).sum()))
                 trees.append(
                     _Remembered(scores[row, nodes], depths[row, nodes], parents[row, nodes], kinds[row, nodes])

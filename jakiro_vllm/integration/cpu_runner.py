@@ -73,9 +73,11 @@ class JakiroCPUModelRunner(JakiroRunnerMixin, CPUModelRunner):
 
     def _sample_roots(self, step: Step, logits: Tensor) -> tuple[Accepted, LogprobsTensors | None]:
         """A step without trees: one token for each request."""
-        every = torch.ones(len(step.row_counts), dtype=torch.bool)
-        metadata = self._metadata_at(self.input_batch.sampling_metadata, [], every)
-        output = self.sampler(logits=logits[step.logit_starts], sampling_metadata=metadata)
+        metadata, drafted = self.input_batch.sampling_metadata, len(logits) != len(step.row_counts)
+        if metadata.generators or drafted:  # drafts that are no tree, or generators that must not all advance
+            every = torch.ones(len(step.row_counts), dtype=torch.bool)
+            metadata = self._metadata_at(metadata, [], every)
+        output = self.sampler(logits=logits[step.logit_starts] if drafted else logits, sampling_metadata=metadata)
         tokens = output.sampled_token_ids.long()
         path = torch.zeros_like(tokens)
         return Accepted(path, tokens, path.squeeze(1)), output.logprobs_tensors

@@ -23,8 +23,8 @@ logger = init_logger("vllm.plugins.jakiro.pacing")
 RUNS, LONGEST = 3, 0.5
 
 
-#: Steps that all teach, and of the later ones every so many, since learning takes time, too. It shares no factor with
-#: the intervals of the budget's probes, which might otherwise always fall between.
+#: Steps that all teach, and of the later ones every so many beside the probes, since learning takes time, too. It
+#: shares no factor with the intervals of the other experiments, which might otherwise always fall between.
 FIRST_STEPS, LEARN_STEPS = 256, 5
 
 
@@ -48,8 +48,8 @@ class Pacer:
 
     @property
     def _learns(self) -> bool:
-        """Whether this step teaches."""
-        return self._steps <= FIRST_STEPS or self._steps % LEARN_STEPS == 0
+        """Whether this step teaches; what a probe planned teaches when it is verified."""
+        return self.controller.probing or self._steps <= FIRST_STEPS or self._steps % LEARN_STEPS == 0
 
     def verified(
         self,

@@ -169,23 +169,24 @@ class JakiroRunnerMixin:
         names = self.input_batch.req_ids
         drafts = scheduler_output.scheduled_spec_decode_tokens
         scheduled: list[Sequence[int]] = [drafts.get(name, ()) for name in names]
-        row_counts = torch.from_numpy(num_scheduled_tokens.astype(np.int64))
-        nodes = torch.tensor([len(tokens) + 1 for tokens in scheduled], dtype=torch.int64)
+        # NumPy, because on these few numbers PyTorch takes several times as long.
+        row_counts = num_scheduled_tokens.astype(np.int64)
+        nodes = np.array([len(tokens) + 1 for tokens in scheduled], dtype=np.int64)
         prefix_lens = row_counts - nodes
         # A tree hangs under a request's last token; behind other tokens its drafts would not be a tree of
         # the rows, so they are computed as a chain and rejected.
-        for i in (prefix_lens > 0).nonzero().flatten().tolist():
+        for i in prefix_lens.nonzero()[0].tolist():
             scheduled[i] = ()
-        row_starts = row_counts.cumsum(0) - row_counts
-        starts = torch.stack([row_starts + prefix_lens, nodes.cumsum(0) - nodes])
+        row_starts = row_counts.cumsum() - row_counts
+        starts = torch.from_numpy(np.stack([row_starts + prefix_lens, nodes.cumsum() - nodes]))
         tree_starts, logit_starts = upload(starts, self.device)
         return Step(
             trees=self.tree_store.gather(names, scheduled),
             base=torch.from_numpy(self.input_batch.num_computed_tokens_cpu[: len(names)].astype(np.int64)),
-            row_starts=row_starts,
-            row_counts=row_counts,
-            prefix_lens=prefix_lens,
-            has_tree=(nodes > 1) & (prefix_lens == 0),
+            row_starts=torch.from_numpy(row_starts),
+            row_counts=torch.from_numpy(row_counts),
+            prefix_lens=torch.from_numpy(prefix_lens),
+            has_tree=torch.from_numpy((nodes > 1) & (prefix_lens == 0)),
             tree_starts=tree_starts,
             logit_starts=logit_starts,
         )

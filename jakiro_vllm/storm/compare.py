@@ -91,12 +91,13 @@ def _compare_choice(
         a, b = plain.tokens[position], trees.tokens[position]
         nats = margin(case, index, plain.prompt, plain.tokens[:position], a, b)
         return Difference(case.index, case.kind, index, "tokens", position, a, b, nats)
+    stops = case.fields.get("stop", ()) if plain.finish == "stop" else ()
     parts: tuple[str, ...] = ("text", "tokens")
     if whole:
         parts = ("tokens", "text", "finish", "stop", "prompt")
     for part in parts:
         a, b = getattr(plain, part), getattr(trees, part)
-        if a != b if whole else a[: len(b)] != b:
+        if a != b if whole else not _begins(a, b, stops if part == "text" else ()):
             return _difference(case, index, part, a, b)
     for part in ("logprobs", "prompt_logprobs") if whole else ():
         a, b = getattr(plain, part), getattr(trees, part)
@@ -107,6 +108,15 @@ def _compare_choice(
             difference.position = at
             return difference
     return None
+
+
+def _begins(whole: Any, part: Any, stops: Sequence[str]) -> bool:
+    """Whether an answer begins with what came before its request was aborted.
+
+    vLLM holds back the last characters while they may be the beginning of a stop string, which would not be shown; when
+    a request is aborted it shows them.
+    """
+    return bool(whole[: len(part)] == part) or any((whole + stop).startswith(part) for stop in stops)
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:

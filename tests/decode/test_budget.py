@@ -13,6 +13,7 @@ import pytest
 from jakiro_vllm.decode.budget import (
     FIRST_PLAIN,
     FIRST_TREES,
+    PROBE_SHARE,
     PROBE_STEPS,
     BudgetController,
     Calibration,
@@ -255,9 +256,32 @@ def test_cheap_rows_make_full_trees(rng: np.random.Generator) -> None:
 def test_dear_rows_make_none_but_for_a_probe_now_and_then(rng: np.random.Generator) -> None:
     controller = make(1.0, 0.5, fixed=0.0)
     settled(controller, 8, rng)
-    plans = [controller.plan(8, random=8) for _ in range(4 * PROBE_STEPS)]
+    plans = [controller.plan(8, random=8) for _ in range(4 * PROBE_STEPS[1])]
     assert set(plans) == {(None, 0), (FULL, 1)}
-    assert plans.count((FULL, 1)) == 3
+    assert 4 <= plans.count((FULL, 1)) <= 4 * PROBE_STEPS[1] / PROBE_STEPS[0]
+
+
+@pytest.mark.parametrize(("per_row", "per_forward_row"), [(1.0, 0.5), (0.02, 0.01), (0.3, 0.001)])
+@pytest.mark.parametrize("batch", [1, 8])
+def test_probes_take_their_share_of_the_time(
+    per_row: float, per_forward_row: float, batch: int, rng: np.random.Generator
+) -> None:
+    """Whether a draft is planned for all, or none, and a probe then for one."""
+    controller = make(per_row, per_forward_row, fixed=0.2)
+    settled(controller, batch, rng)
+    fewest, most = PROBE_STEPS
+    steps, probes, seconds, more = 8 * most + 100, 0, 0.0, 0.0
+    for _ in range(steps):
+        shape, count = controller.plan(batch, random=batch)
+        if controller.probing:
+            probes += 1
+            rows = float(controller.verify(batch + BUDGET) - controller.verify(batch))
+            more += forwards(FULL.levels) * float(controller.draft(count * FULL.width)) + rows
+        else:
+            drafted = forwards(shape.levels) * float(controller.draft(count * shape.width)) if shape else 0.0
+            seconds += float(controller.verify(batch)) + drafted
+    assert more < 1.2 * PROBE_SHARE * seconds or probes <= steps / most, (more, seconds, probes)
+    assert probes == 0 if shape == FULL else steps / most - 1 <= probes <= steps / fewest
 
 
 def test_in_between_drafts_are_narrower_or_shallower(rng: np.random.Generator) -> None:
@@ -382,17 +406,21 @@ class World:
     ids=["cheap", "middling", "hopeless", "sure", "weak last level"],
 )
 def test_no_fixed_policy_is_better(world: World, batch: int) -> None:
-    """Within 6%: probes, noise and learning have their price."""
-    rng = np.random.default_rng(2)
-    controller = BudgetController(  # measured on a machine that was busy
+    """Within 6%: probes, noise and learning have their price. Mean of several runs, since noise decides near ties."""
+    fixed = {name: world.rate(shape, batch, 3 * 48) for name, shape in FIXED.items()}
+    adaptive = [world.rate(measured(world, seed), batch, 3 * 192) for seed in range(3)]
+    assert np.mean(adaptive) > 0.94 * max(fixed.values()), (adaptive, fixed)
+
+
+def measured(world: World, seed: int) -> BudgetController:
+    """A controller that starts from times of a machine that was busy."""
+    rng = np.random.default_rng(seed)
+    return BudgetController(
         FULL,
         forwards,
         doubling(1024, lambda rows: world.seconds(rows, None, 1)[0] * rng.uniform(1.2, 1.8)),
         doubling(256, lambda rows: (0.01 + world.per_forward_row * rows) * rng.uniform(1.2, 1.8)),
     )
-    adaptive = world.rate(controller, batch, 3 * 192)
-    fixed = {name: world.rate(shape, batch, 3 * 48) for name, shape in FIXED.items()}
-    assert adaptive > 0.94 * max(fixed.values()), (adaptive, fixed)
 
 
 FIXED = {"plain": None, "chain": DraftShape(FULL.levels, 1), "short chain": DraftShape(2, 1), "tree": FULL}

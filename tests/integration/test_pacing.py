@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from jakiro_vllm.decode.budget import HALF_STEPS, PLAN_STEPS, PROBE_STEPS, BudgetController, Calibration, RowTimes
+from jakiro_vllm.decode.budget import HALF_STEPS, PLAIN_STEPS, BudgetController, Calibration, RowTimes
 from jakiro_vllm.decode.drafter import DraftShape
 from jakiro_vllm.integration.pacing import FIRST_STEPS, LEARN_STEPS, Pacer
 from jakiro_vllm.tree.batch import TreeBatch, chains
@@ -124,7 +124,18 @@ def test_later_steps_teach_now_and_then(drafted: tuple[Pacer, Recorder, TreeBatc
     assert FIRST_STEPS + 3 <= len(recorder.told) <= FIRST_STEPS + 4
 
 
-@pytest.mark.parametrize("interval", [PROBE_STEPS, HALF_STEPS, PLAN_STEPS])
-def test_probes_teach_too(interval: int) -> None:
+def test_a_probe_teaches_whenever_it_comes(drafted: tuple[Pacer, Recorder, TreeBatch]) -> None:
+    pacer, recorder, trees = drafted
+    for _ in range(FIRST_STEPS + 1):
+        pacer.begin()
+    assert pacer._steps % LEARN_STEPS
+    for probing in (False, True):
+        recorder.probing = probing
+        verify(pacer, trees, [[0, 1, 3], [0, 2, 0]], [2, 1])
+        assert len(recorder.told) == probing
+
+
+@pytest.mark.parametrize("interval", [HALF_STEPS, PLAIN_STEPS])
+def test_other_experiments_teach_too(interval: int) -> None:
     """Whatever step they begin at, some of them fall on one that teaches."""
     assert math.gcd(interval, LEARN_STEPS) == 1

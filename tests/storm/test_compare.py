@@ -114,6 +114,23 @@ def test_a_beginning_must_be_the_beginning(fate: str) -> None:
     assert not tallied(partial, case(fate=fate)).clean
 
 
+def test_an_aborted_answer_may_show_the_beginning_of_its_stop_string() -> None:
+    """Of the one that plain vLLM's answer ended by; the tokens tell the rest."""
+
+    def clean(text: str, plain_finish: str, fate: str = "abort") -> bool:
+        plain, aborted, tally = answer(), answer(), Tally()
+        plain.choices[0] = replace(plain.choices[0], finish=plain_finish)
+        aborted.choices[0] = Choice(text, [9, 8, 7], "abort")
+        tally.add(case(fate=fate, stop=["= ", "!!"]), aborted, plain, wide, VOCAB, MAX_LEN)
+        return tally.clean
+
+    assert clean("ab cd=", "stop")
+    assert clean("ab cd!", "stop")
+    assert not clean("ab cd=!", "stop")
+    assert not clean("ab c=", "stop")
+    assert not clean("ab cd=", "length")
+
+
 def test_an_aborted_answer_that_ended_is_compared_whole() -> None:
     aborted = answer()
     assert tallied(aborted, case(fate="abort")).clean
