@@ -114,7 +114,7 @@ class GPUTreesMixin(JakiroRunnerMixin):
 
     def _compact(self, step: Step) -> None:
         assert step.accepted is not None and step.metadata is not None
-        if not step.has_tree.any():
+        if not step.any_tree:
             return
         for layer, pages in self._layer_pages():
             slots = step.metadata[layer].slot_mapping

@@ -48,6 +48,8 @@ class Step:
         row_counts: ``[B] int64`` on the host.
         prefix_lens: ``[B] int64`` on the host: rows before the root.
         has_tree: ``[B] bool`` on the host: whether all rows of the request are a tree.
+        any_tree: whether one of them has a tree.
+        any_prefix: whether one of them has rows before its root.
         tree_starts: ``[B] int64`` on the device: the root's row.
         logit_starts: ``[B] int64`` on the device: the root's row among the logits.
         ancestors: ``[T] int64`` on the device: ancestor words, 0 for rows that are in no tree; None without trees.
@@ -62,6 +64,8 @@ class Step:
     row_counts: Tensor
     prefix_lens: Tensor
     has_tree: Tensor
+    any_tree: bool
+    any_prefix: bool
     tree_starts: Tensor
     logit_starts: Tensor
     ancestors: Tensor | None = None
@@ -157,7 +161,7 @@ class JakiroRunnerMixin:
             # Placeholder drafts (-1) that pad a request are computed like any token and never accepted.
             self.input_ids.gpu[:total].clamp_(min=0)  # type: ignore[attr-defined]
         self._step = step = self._plan_step(scheduler_output, num_scheduled_tokens)
-        if step.has_tree.any():
+        if step.any_tree:
             requests = self.req_indices.gpu[:total]  # type: ignore[attr-defined]
             offsets = self.query_pos.gpu[:total]  # type: ignore[attr-defined]
             step.ancestors, step.depths = row_topology(step.trees, requests, offsets)
@@ -177,16 +181,19 @@ class JakiroRunnerMixin:
         # the rows, so they are computed as a chain and rejected.
         for i in prefix_lens.nonzero()[0].tolist():
             scheduled[i] = ()
+        has_tree = (nodes > 1) & (prefix_lens == 0)
         row_starts = row_counts.cumsum() - row_counts
-        starts = torch.from_numpy(np.stack([row_starts + prefix_lens, nodes.cumsum() - nodes]))
-        tree_starts, logit_starts = upload(starts, self.device)
+        starts = np.concatenate([row_starts + prefix_lens, nodes.cumsum() - nodes])
+        tree_starts, logit_starts = upload(torch.from_numpy(starts), self.device).view(2, -1)
         return Step(
             trees=self.tree_store.gather(names, scheduled),
             base=torch.from_numpy(self.input_batch.num_computed_tokens_cpu[: len(names)].astype(np.int64)),
             row_starts=torch.from_numpy(row_starts),
             row_counts=torch.from_numpy(row_counts),
             prefix_lens=torch.from_numpy(prefix_lens),
-            has_tree=torch.from_numpy((nodes > 1) & (prefix_lens == 0)),
+            has_tree=torch.from_numpy(has_tree),
+            any_tree=bool(has_tree.any()),
+            any_prefix=bool(prefix_lens.any()),
             tree_starts=tree_starts,
             logit_starts=logit_starts,
         )
@@ -211,7 +218,7 @@ class JakiroRunnerMixin:
 
     def _levels(self, step: Step) -> int:
         """Upper bound of the depths in a step."""
-        return self.drafter.tree_config.depth if step.has_tree.any() else 0
+        return self.drafter.tree_config.depth if step.any_tree else 0
 
     def _walk_by_levels(self, step: Step, logits: Tensor) -> tuple[Accepted, LogprobsTensors | None]:
         """Samples one token per request and level, each as plain decoding would have it there."""
@@ -271,7 +278,7 @@ class JakiroRunnerMixin:
         names = self.input_batch.req_ids
         drafting, shape = self._plan_draft(step, names, sampled_token_ids)
         waits = not drafting and step.ancestors is None and self.pacer is not None and self.backlog.takes(names)
-        if waits and all(sampled_token_ids) and not step.prefix_lens.any():
+        if waits and all(sampled_token_ids) and not step.any_prefix:
             self._leave_for_later(step, names, sampled_token_ids, hidden_states)
             return [[] for _ in names]
         paged = step.metadata[HEAD_LAYER]
@@ -331,7 +338,7 @@ class JakiroRunnerMixin:
         if self.pacer is None:
             return drafting, full
         assert step.accepted is not None
-        rows = None if step.prefix_lens.any() else int(step.row_counts.sum())
+        rows = None if step.any_prefix else int(step.row_counts.sum())
         self.pacer.verified(names, step.trees, step.has_tree, rows, step.accepted)
         if not drafting:
             return drafting, full
@@ -362,9 +369,9 @@ class JakiroRunnerMixin:
         )
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
-        """As vLLM's; the scheduler also needs the topology where a grammar's state follows it."""
+        """As vLLM's, but None without drafts; the scheduler needs the topology where a grammar's state follows it."""
         drafts = super().take_draft_token_ids()  # type: ignore[misc]
-        if drafts is None:
+        if drafts is None or not any(drafts.draft_token_ids):
             return None
         parents = {
             name: self.tree_store.parents(name)

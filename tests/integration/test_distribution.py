@@ -138,7 +138,7 @@ def walk_by_levels(sampler: Any, logits: Tensor, given: SamplingMetadata, reques
     runner.sampler = sampler
     runner.discard_request_mask = SimpleNamespace(np=np.zeros(requests, dtype=bool))
     zeros = torch.zeros(requests, dtype=torch.int64)
-    step = Step(trees(requests), zeros, zeros, zeros, zeros, torch.ones_like(zeros).bool(), zeros, zeros)
+    step = Step(trees(requests), zeros, zeros, zeros, zeros, torch.ones_like(zeros).bool(), True, False, zeros, zeros)
     return runner._walk_by_levels(step, logits)[0]
 
 

@@ -248,7 +248,9 @@ class Runner(JakiroCPUModelRunner):
 
 def step_of(trees: Any, starts: torch.Tensor) -> Step:
     none, has_tree = torch.zeros_like(starts), trees.num_nodes > 1
-    return Step(trees, none, none, none, none, has_tree, none, starts, ancestors=none if has_tree.any() else None)
+    any_tree = bool(has_tree.any())
+    words = none if any_tree else None
+    return Step(trees, none, none, none, none, has_tree, any_tree, False, none, starts, ancestors=words)
 
 
 def test_a_greedy_walk_is_that_of_the_levels(rng: random.Random, sampler: Sampler) -> None:
