@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,12 @@ def ask(server: Server, prompt: str, max_tokens: int, temperature: float, seed: 
 
 
 def measure(
-    servers: dict[str, Server], prompts: list[str], max_tokens: int, seed: int = 0, warm_up: int = WARM_UP
+    servers: dict[str, Server],
+    prompts: list[str],
+    max_tokens: int,
+    seed: int = 0,
+    warm_up: int = WARM_UP,
+    temperatures: Sequence[float] = TEMPERATURES,
 ) -> list[dict[str, Any]]:
     """One row per temperature, prompt and side.
 
@@ -77,9 +83,10 @@ def measure(
         max_tokens: of a completion.
         seed: of the first prompt's samples.
         warm_up: prompts that pay for what is set up lazily.
+        temperatures: one after the other.
     """
     rows = []
-    for temperature in TEMPERATURES:
+    for temperature in temperatures:
         for prompt in prompts[:warm_up]:
             for server in servers.values():
                 ask(server, prompt, max_tokens, temperature, seed)
@@ -193,13 +200,14 @@ def main() -> int:
     add_side_options(parser)
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=128, help="of a completion")
+    parser.add_argument("--temperatures", type=float, nargs="+", default=list(TEMPERATURES))
     parser.add_argument("--warm-up", type=int, default=WARM_UP, help="prompts before the clock starts")
     args = parser.parse_args()
     chosen = chosen_sides(args, parser)
     arguments = {name: server_arguments(config, args, 1, args.max_tokens) for name, config in chosen.items()}
     prompts = held_out_texts(args.target, args.prompts, args.seed)
     with tempfile.TemporaryDirectory() as folder, running_sides(args.target, arguments, Path(folder)) as servers:
-        rows = measure(servers, prompts, args.max_tokens, args.seed, args.warm_up)
+        rows = measure(servers, prompts, args.max_tokens, args.seed, args.warm_up, args.temperatures)
     summary = summarise(rows, args.dtype)
     write_report(args.output, rows, conditions(args), summary, table_of(summary))
     plot(summary, args.output.with_suffix(".png"))
