@@ -176,11 +176,16 @@ class _Remembered:
         return breadths
 
 
+def _about(count: int) -> int:
+    """The count, or beyond 8 the one of four numbers per octave that is next below."""
+    step = 1 << max(0, count.bit_length() - 3)
+    return count // step * step if count > 8 else count
+
+
 @dataclass(frozen=True)
 class _Plan:
-    """What was found best for a load (requests that draft, other rows, requests that sample), and until which step."""
+    """What was found best for a load, and until which step that holds."""
 
-    load: tuple[int, int, int]
     until: int
     shape: DraftShape | None
     steps_between_probes: int
@@ -216,7 +221,7 @@ class BudgetController:
         self._others: tuple[deque[float], ...] = (deque([other], maxlen=33), deque([other], maxlen=33))
         #: Of greedy requests and of those that sample, whose trees are as different as their chances.
         self._trees: tuple[deque[_Remembered], ...] = (deque(maxlen=REMEMBERED_TREES), deque(maxlen=REMEMBERED_TREES))
-        self._plan: _Plan | None = None
+        self._plans: dict[tuple[int, int, int], _Plan] = {}
         self._steps = self._since_probe = 0
         self._plain = FIRST_PLAIN
         #: Whether what was planned last is there to teach.
@@ -275,18 +280,20 @@ class BudgetController:
         if self._plain:
             self._plain -= 1
             return None, 0
-        load = drafting, others, random
-        if self._plan is None or self._plan.load != load or self._plan.until <= self._steps:
+        # Loads that hardly differ share a plan: finding one takes as long as a step of a small target.
+        load = _about(drafting), _about(others), _about(random)
+        plan = self._plans.get(load)
+        if plan is None or plan.until <= self._steps:
             shape = self._best_shape(kinds, others)
             probes = self._steps_between_probes(shape, drafting, others)
-            self._plan = _Plan(load, self._steps + PLAN_STEPS, shape, probes)
-        shape = self._plan.shape
+            plan = self._plans[load] = _Plan(self._steps + PLAN_STEPS, shape, probes)
+        shape = plan.shape
         self._steps += 1
         self._since_probe += 1
         self.probing = False
         if shape is not None and self._steps % PLAIN_STEPS == 0:
             return None, 0
-        if shape != self.full and self._since_probe >= self._plan.steps_between_probes:
+        if shape != self.full and self._since_probe >= plan.steps_between_probes:
             self._since_probe = 0
             self.probing = True
             return self.full, 1 if shape is None else drafting

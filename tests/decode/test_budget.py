@@ -13,6 +13,7 @@ import pytest
 from jakiro_vllm.decode.budget import (
     FIRST_PLAIN,
     FIRST_TREES,
+    PLAN_STEPS,
     PROBE_SHARE,
     PROBE_STEPS,
     BudgetController,
@@ -301,6 +302,20 @@ def test_a_plan_follows_the_load(rng: np.random.Generator) -> None:
     shapes = [controller.plan(batch, random=batch)[0] for batch in (1, 64, 1)]
     assert shapes[0] == shapes[2] == FULL
     assert shapes[1] != FULL
+
+
+def test_loads_that_hardly_differ_share_a_plan(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one that comes back finds its plan, until that is due again."""
+    controller, found = make(0.02, 0.005), []
+    settled(controller, 8, rng)
+    best = controller._best_shape
+    monkeypatch.setattr(controller, "_best_shape", lambda kinds, others: found.append(kinds) or best(kinds, others))
+    for batch in (64, 70, 1, 2, 79, 64, 1, 2):
+        controller.plan(batch, random=batch)
+    assert found == [(0, 64), (0, 1), (0, 2)]
+    for _ in range(PLAN_STEPS):
+        controller.plan(64, random=64)
+    assert found == [(0, 64), (0, 1), (0, 2), (0, 64)]
 
 
 def test_steps_without_a_draft_cost_less_beside_it_too(rng: np.random.Generator) -> None:
