@@ -32,11 +32,10 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 Integers = NDArray[np.int64]
 
-#: What probes may take of the time, and the fewest and most steps between them: drafts of the full shape where less is
-#: planned, of which one tree is verified whole, so that its worth stays known.
+#: What each kind of probe may take of the time, and the fewest and most steps between them: drafts of the full shape
+#: where less is planned, of which one tree is verified whole, so that its worth stays known; and steps without a draft
+#: where one is planned, so that their cost does, the more often the less a draft gains.
 PROBE_SHARE, PROBE_STEPS = 0.01, (8, 512)
-#: Steps between those that go without a draft where one is planned, so that their cost stays known.
-PLAIN_STEPS = 384
 #: Steps between those that verify only half of what seems best: around a best number of rows rates hardly differ, and
 #: it is found only if times on both sides of it are known.
 HALF_STEPS = 32
@@ -182,6 +181,12 @@ def _about(count: int) -> int:
     return count // step * step if count > 8 else count
 
 
+def _spaced(cost: float) -> int:
+    """Steps between probes that cost so many steps each."""
+    fewest, most = PROBE_STEPS
+    return min(max(fewest, math.ceil(cost / PROBE_SHARE)), most)
+
+
 @dataclass(frozen=True)
 class _Plan:
     """What was found best for a load, and until which step that holds."""
@@ -189,6 +194,7 @@ class _Plan:
     until: int
     shape: DraftShape | None
     steps_between_probes: int
+    steps_between_plain: int
 
 
 class BudgetController:
@@ -222,7 +228,7 @@ class BudgetController:
         #: Of greedy requests and of those that sample, whose trees are as different as their chances.
         self._trees: tuple[deque[_Remembered], ...] = (deque(maxlen=REMEMBERED_TREES), deque(maxlen=REMEMBERED_TREES))
         self._plans: dict[tuple[int, int, int], _Plan] = {}
-        self._steps = self._since_probe = 0
+        self._steps = self._since_probe = self._since_plain = 0
         self._plain = FIRST_PLAIN
         #: Whether what was planned last is there to teach.
         self.probing = False
@@ -284,14 +290,17 @@ class BudgetController:
         load = _about(drafting), _about(others), _about(random)
         plan = self._plans.get(load)
         if plan is None or plan.until <= self._steps:
-            shape = self._best_shape(kinds, others)
+            shape, gain = self._best_shape(kinds, others)
             probes = self._steps_between_probes(shape, drafting, others)
-            plan = self._plans[load] = _Plan(self._steps + PLAN_STEPS, shape, probes)
+            plan = self._plans[load] = _Plan(self._steps + PLAN_STEPS, shape, probes, _spaced(1 - 1 / gain))
         shape = plan.shape
         self._steps += 1
         self._since_probe += 1
+        self._since_plain += 1
         self.probing = False
-        if shape is not None and self._steps % PLAIN_STEPS == 0:
+        if shape is not None and self._since_plain >= plan.steps_between_plain:
+            self._since_plain = 0
+            self.probing = True
             return None, 0
         if shape != self.full and self._since_probe >= plan.steps_between_probes:
             self._since_probe = 0
@@ -346,8 +355,7 @@ class BudgetController:
         drafted = 0.0 if shape is None else self._draft_seconds(shape, drafting)
         more = self._draft_seconds(self.full, probed) - drafted
         more += float(self.verify(drafting + others + nodes) - self.verify(drafting + others))
-        fewest, most = PROBE_STEPS
-        return min(max(fewest, math.ceil(more / (PROBE_SHARE * (planned + drafted)))), most)
+        return _spaced(more / (planned + drafted))
 
     def _draft_seconds(self, shape: DraftShape, batch: int) -> float:
         return self.forwards(shape.levels) * float(self.draft(batch * shape.width))
@@ -368,11 +376,12 @@ class BudgetController:
         best = int(rates.argmax())
         return best, float(rates[best])
 
-    def _best_shape(self, kinds: tuple[int, int], others: int) -> DraftShape | None:
-        """For so many greedy requests and so many that sample."""
+    def _best_shape(self, kinds: tuple[int, int], others: int) -> tuple[DraftShape | None, float]:
+        """For so many greedy requests and so many that sample, and how many times the rate without a draft it makes."""
         drafting = sum(kinds)
         rows = drafting + others
-        best, highest = None, LEAST_GAIN * float(rows / (self.verify(rows) + self.other(drafted=False)))
+        plain = float(rows / (self.verify(rows) + self.other(drafted=False)))
+        best, highest = None, LEAST_GAIN * plain
         trees = [tree for count, some in zip(kinds, self._trees, strict=True) if count for tree in some]
         each = [count / len(some) for count, some in zip(kinds, self._trees, strict=True) if count for _ in some]
         scores, depths, breadths, sorts = (
@@ -390,7 +399,7 @@ class BudgetController:
             count, rate = self._best_count(won[order], weights[inside][order], drafting, others, seconds)
             if count and rate > highest:
                 best, highest = shape, rate
-        return best
+        return best, highest / plain
 
     def _last_level_wins(self, shape: DraftShape, chances: Floats, depths: Integers) -> float:
         """What a draft's last level wins of what the same level does in a full draft.

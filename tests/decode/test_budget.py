@@ -274,7 +274,7 @@ def test_probes_take_their_share_of_the_time(
     steps, probes, seconds, more = 8 * most + 100, 0, 0.0, 0.0
     for _ in range(steps):
         shape, count = controller.plan(batch, random=batch)
-        if controller.probing:
+        if controller.probing and shape is not None:
             probes += 1
             rows = float(controller.verify(batch + BUDGET) - controller.verify(batch))
             more += forwards(FULL.levels) * float(controller.draft(count * FULL.width)) + rows
@@ -302,6 +302,21 @@ def test_a_plan_follows_the_load(rng: np.random.Generator) -> None:
     shapes = [controller.plan(batch, random=batch)[0] for batch in (1, 64, 1)]
     assert shapes[0] == shapes[2] == FULL
     assert shapes[1] != FULL
+
+
+def test_the_less_a_draft_gains_the_more_often_a_step_goes_without(rng: np.random.Generator) -> None:
+    """Each time it teaches; and what is lost by it is little."""
+    shares = []
+    for per_row in (0.5, 0.001):
+        controller = make(per_row, 0.001)
+        settled(controller, 1, rng, sharpness=0.8)
+        taught = 0
+        for _ in range(512):
+            shape, count = controller.plan(1, random=1)
+            assert (shape is None) == (count == 0)
+            taught += controller.probing and shape is None
+        shares.append(taught / 512)
+    assert 0.13 > shares[0] > 1.5 * shares[1] > 0
 
 
 def test_loads_that_hardly_differ_share_a_plan(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
