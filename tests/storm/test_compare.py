@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from jakiro_vllm.storm.cases import CHAT, COMPLETIONS, MALFORMED, RESPONSES, Case, Cases
+from jakiro_vllm.storm.cases import CHAT, CHOICES, COMPLETIONS, MALFORMED, RESPONSES, Case, Cases
 from jakiro_vllm.storm.client import Answer, Choice, read
 from jakiro_vllm.storm.compare import TIE, Tally, compare, faults
 from jakiro_vllm.storm.drive import storm_cases
@@ -112,6 +112,20 @@ def test_a_beginning_must_be_the_beginning(fate: str) -> None:
     assert not tallied(partial, case(fate=fate)).clean
     partial.choices[0] = Choice("ab", [9, 1])
     assert not tallied(partial, case(fate=fate)).clean
+
+
+def test_a_structured_answer_may_repeat_the_end_of_a_prompt_that_was_cut_within_a_character() -> None:
+    about = case(structured_outputs={"choice": list(CHOICES)})
+
+    def wrong(text: str) -> list[str]:
+        return faults(
+            about, Answer(200, {0: Choice(text, [1, 2], "stop", None, [-0.1] * 8)}, (2, 2), True), VOCAB, MAX_LEN
+        )
+
+    assert not wrong(CHOICES[0])
+    assert not wrong(f"'ÀÁ\ufffd{CHOICES[0]}")
+    assert wrong(f"'ÀÁ{CHOICES[0]}")
+    assert wrong(f"{CHOICES[0]}\ufffd")
 
 
 def test_an_aborted_answer_may_show_the_beginning_of_its_stop_string() -> None:
