@@ -280,6 +280,7 @@ class BudgetController:
         Returns:
             ``(shape or None for no draft, how many of the requests draft)``.
         """
+        self.probing = False
         kinds = drafting - random, random
         if any(count and len(trees) < FIRST_TREES for count, trees in zip(kinds, self._trees, strict=True)):
             return self.full, drafting if all(kinds) else min(drafting, FIRST_TREES)
@@ -297,7 +298,6 @@ class BudgetController:
         self._steps += 1
         self._since_probe += 1
         self._since_plain += 1
-        self.probing = False
         if shape is not None and self._since_plain >= plan.steps_between_plain:
             self._since_plain = 0
             self.probing = True
