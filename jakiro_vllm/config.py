@@ -30,6 +30,8 @@ class TreeConfig:
         top_k: nodes expanded per level and candidates taken per expansion, in [1, 63].
         adaptive: whether each step's trees get as many nodes and levels as pay at its load, from the above down to
             none; otherwise all that the above allows. None leaves it to the platform: on a CPU they do.
+        lookup: whether a request may get a chain of what its own text suggests instead of the head's tree, where that
+            pays; for trees that adapt. None: if they do.
         policy: ``mixture`` takes candidates from the mixed distribution, ``decoupled`` from the experts'
             own; ``auto`` picks what the head was trained for.
 
@@ -42,6 +44,7 @@ class TreeConfig:
     top_k: int = 4
     policy: str = "auto"
     adaptive: bool | None = None
+    lookup: bool | None = None
 
     def __post_init__(self) -> None:
         for name, highest in (("node_budget", MAX_NODE_BUDGET), ("depth", MAX_DEPTH), ("top_k", MAX_NODE_BUDGET)):
@@ -54,8 +57,14 @@ class TreeConfig:
                 )
         if self.policy not in POLICIES:
             raise JakiroConfigError(f"tree.policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
-        if not isinstance(self.adaptive, bool | None):
-            raise JakiroConfigError(f"tree.adaptive must be true or false, got {self.adaptive!r}")
+        for name in ("adaptive", "lookup"):
+            if not isinstance(getattr(self, name), bool | None):
+                raise JakiroConfigError(f"tree.{name} must be true or false, got {getattr(self, name)!r}")
+        if self.lookup and self.adaptive is False:
+            raise JakiroConfigError(
+                "tree.lookup needs trees that adapt (tree.adaptive: true, on a CPU), got lookup: true without; "
+                "leave one of them out"
+            )
         if self.node_budget < self.depth:
             raise JakiroConfigError(
                 f"node_budget must be at least tree.depth, got {self.node_budget} < {self.depth}; "
@@ -72,6 +81,11 @@ class TreeConfig:
         """Rows of a full tree, root included."""
         return self.node_budget + 1
 
+    @property
+    def levels(self) -> int:
+        """Draft tokens of the longest path that a step may verify."""
+        return self.node_budget if self.lookup else self.depth
+
     @classmethod
     def for_platform(cls, values: Mapping[str, Any], can_adapt: bool) -> TreeConfig:
         """Builds a configuration from user input, and decides what the user has left open.
@@ -82,9 +96,10 @@ class TreeConfig:
         """
         config = cls.from_dict(dict(values) | {"depth": values.get("depth", 1)})
         adaptive = can_adapt if config.adaptive is None else config.adaptive
+        lookup = adaptive if config.lookup is None else config.lookup
         room = min(config.node_budget, 1 + MAX_NODES // config.top_k)
         depth = min(ADAPTIVE_DEPTH if adaptive else DEPTH, room)
-        return replace(config, adaptive=adaptive, depth=values.get("depth", depth))
+        return replace(config, adaptive=adaptive, lookup=lookup, depth=values.get("depth", depth))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TreeConfig:

@@ -37,16 +37,15 @@ class Backlog:
         return not self._count or (self._count < self.MOST and self._names == tuple(names))
 
     def add(self, names: Sequence[str], rows: RoundInput, slots: Tensor) -> None:
-        """Keeps a step's rows, of which it takes copies.
+        """Keeps a step's rows.
 
         Args:
             names: of the step's requests.
-            rows: one of each request.
+            rows: that were committed; nothing may write to them afterwards.
             slots: ``[T] int64`` where their keys and values belong.
         """
         self._names = tuple(names)
-        mine = RoundInput(rows.features.clone(), rows.next_tokens, rows.positions.clone())
-        self._rows.append((mine, slots.clone()))
+        self._rows.append((rows, slots))
         self._count += len(slots)
 
     def take(self) -> tuple[RoundInput, Tensor]:

@@ -4,33 +4,30 @@ A verification of more rows takes longer, a draft of more levels too, and what a
 target's samples reach it. The more requests share a step, the sooner rows cost more than they win: so the best trees
 are large at a low load, narrow at a higher one, and none at all beyond. Three estimates, refined at every step, decide:
 
-* `RowTimes`: seconds of a verification, and of a forward of the draft head, by rows;
+* `RowTimes`: seconds of the target's forward, and of one of the draft head, by rows; and `HostTimes`, of all else;
 * `Calibration`: how often nodes were accepted that the head gave a certain probability, by their kind;
 * the latest trees of the full shape: what levels and candidates hold how much of that probability.
 
-Before a draft, `plan` chooses its shape; after it, `select` keeps the nodes, of all requests together, whose
-probabilities are worth their rows. Nothing here changes what is emitted: a tree is verified exactly, whatever its size.
+Before a draft, `decide` chooses its shape, and which requests are better served by what their own text suggests (see
+``lookup``), which takes no forward; after it, `select` keeps the nodes, of all requests together, whose probabilities
+are worth their rows. Nothing here changes what is emitted: a tree is verified exactly, whatever its size.
 
-B requests, N nodes of a tree (root included), K knots of a table.
+B requests, N nodes of a tree (root included), W tokens of a continuation.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
 
+from jakiro_vllm.decode.calibration import Calibration
+from jakiro_vllm.decode.costs import Bools, Floats, HostTimes, Integers, RowTimes, Source, about
 from jakiro_vllm.decode.drafter import DraftShape
-
-Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
-Integers = NDArray[np.int64]
 
 #: What each kind of probe may take of the time, and the fewest and most steps between them: drafts of the full shape
 #: where less is planned, of which one tree is verified whole, so that its worth stays known; and steps without a draft
@@ -53,108 +50,6 @@ LEAST_GAIN = 1.05
 FIRST_PLAIN = 3
 
 
-class RowTimes:
-    """Seconds that a computation takes, by rows: lines between knots, and beyond the last one its proportion."""
-
-    #: How far one measurement moves the table towards itself, and the factor in rows at which 1/e of that is left.
-    RATE, REACH = 0.15, 5.0
-    #: A measurement further from the estimate than this factor counts as if it were this far: machines stall.
-    FURTHEST = 2.0
-
-    def __init__(self, rows: Sequence[int], seconds: Sequence[float]) -> None:
-        """Takes measurements.
-
-        Args:
-            rows: ``[K]`` ascending, at least one.
-            seconds: ``[K]`` positive.
-        """
-        self.rows = np.asarray(rows, dtype=np.float64)
-        self._log_rows = np.log(self.rows)
-        self._logs = np.log(np.asarray(seconds, dtype=np.float64))
-        self._seconds: Floats | None = None
-
-    @property
-    def seconds(self) -> Floats:
-        """``[K]`` at the knots: what is nearest to the measurements and never falls (isotonic regression)."""
-        if self._seconds is None:
-            self._seconds = np.exp(_rising(self._logs.tolist()))
-        return self._seconds
-
-    def __call__(self, rows: ArrayLike) -> Floats:
-        """Seconds for any numbers of rows."""
-        numbers = np.asarray(rows, dtype=np.float64)
-        return np.interp(numbers, self.rows, self.seconds) * np.maximum(numbers / self.rows[-1], 1.0)
-
-    def learn(self, rows: int, seconds: float) -> None:
-        """Moves the table towards a measurement."""
-        off = min(max(seconds / float(self(rows)), 1 / self.FURTHEST), self.FURTHEST)
-        distance = np.abs(math.log(max(rows, 1)) - self._log_rows) / math.log(self.REACH)
-        self._logs += self.RATE * math.log(off) * np.exp(-distance)
-        self._seconds = None
-
-
-def _rising(values: list[float]) -> list[float]:
-    """The numbers that never fall and are nearest to the given ones, in squares: neighbours that fall are averaged."""
-    blocks: list[tuple[float, int]] = []  # mean, how many
-    for value in values:
-        mean, count = value, 1
-        while blocks and blocks[-1][0] > mean:
-            before, more = blocks.pop()
-            mean, count = (before * more + mean * count) / (more + count), more + count
-        blocks.append((mean, count))
-    return [mean for mean, count in blocks for _ in range(count)]
-
-
-class Calibration:
-    """How often a node is accepted, by the log-probability that the head gave its path; its kinds apart.
-
-    A greedy target takes its best token for certain, so a head's 0.6 may come true nine times of ten; a head may be too
-    sure of itself; and the level that it foresees without a forward is less certain than its word.
-    """
-
-    CENTERS = -np.array([0.002, 0.01, 0.03, 0.08, 0.15, 0.25, 0.4, 0.6, 0.9, 1.3, 1.8, 2.4, 3.2, 4.2, 5.5, 7.5, 10.0])
-    #: Of a request that samples; of a level without a forward of its own. Kinds are sums of these.
-    RANDOM, FORESEEN, KINDS = 1, 2, 4
-    #: What the head's own word counts for, in nodes.
-    PRIOR = 2.0
-    #: Of the counts, what one step leaves.
-    FADE = 0.998
-
-    def __init__(self) -> None:
-        self._seen = np.full((self.KINDS, len(self.CENTERS)), self.PRIOR)
-        self._accepted = self.PRIOR * np.exp(np.broadcast_to(self.CENTERS, self._seen.shape))
-        self._edges = (self.CENTERS[1:] + self.CENTERS[:-1]) / 2
-        self._rates: Floats | None = None
-
-    def learn(self, scores: Floats, accepted: Bools, kinds: Integers) -> None:
-        """Counts verified nodes.
-
-        Args:
-            scores: ``[M]`` log-probabilities of their paths.
-            accepted: ``[M]``.
-            kinds: ``[M]``.
-        """
-        places = kinds, np.searchsorted(-self._edges, -scores)
-        prior = self.PRIOR * np.exp(self.CENTERS)
-        self._seen += (1 - self.FADE) * (self.PRIOR - self._seen)
-        self._accepted += (1 - self.FADE) * (prior - self._accepted)
-        np.add.at(self._seen, places, 1.0)
-        np.add.at(self._accepted, places, accepted.astype(np.float64))
-        self._rates = None
-
-    def __call__(self, scores: Floats, kinds: Integers) -> Floats:
-        """Probabilities of acceptance, never higher for a lower score.
-
-        Args:
-            scores: any shape, -inf for what is no node.
-            kinds: of a shape that broadcasts to it.
-        """
-        if self._rates is None:
-            self._rates = np.minimum.accumulate(self._accepted / self._seen, axis=1)  # centers descend
-        found = [np.interp(-scores, -self.CENTERS, rates) for rates in self._rates]
-        return np.where(np.isneginf(scores), 0.0, np.choose(kinds, found))
-
-
 @dataclass(frozen=True)
 class _Remembered:
     """One tree of the full shape: its draft nodes' log-probabilities, depths, parents and kinds."""
@@ -175,12 +70,6 @@ class _Remembered:
         return breadths
 
 
-def _about(count: int) -> int:
-    """The count, or beyond 8 the one of four numbers per octave that is next below."""
-    step = 1 << max(0, count.bit_length() - 3)
-    return count // step * step if count > 8 else count
-
-
 def _spaced(cost: float) -> int:
     """Steps between probes that cost so many steps each."""
     fewest, most = PROBE_STEPS
@@ -189,28 +78,49 @@ def _spaced(cost: float) -> int:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What was found best for a load, and until which step that holds."""
+    """The head's best draft for a load, what each of its trees wins and takes, and until which step that holds."""
 
     until: int
     shape: DraftShape | None
     steps_between_probes: int
     steps_between_plain: int
+    tokens: float
+    nodes: float
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the next step verifies.
+
+    Attributes:
+        shape: of the head's draft; None for none.
+        drafting: the head drafts for the first so many of the requests that do not repeat themselves.
+        repeated: ``[B] int64`` tokens that each request takes of its text's continuation, 0 for none.
+    """
+
+    shape: DraftShape | None
+    drafting: int
+    repeated: Integers
+
+    @property
+    def source(self) -> Source:
+        """Where the drafts come from; a mixture counts as the head's."""
+        if self.shape is not None:
+            return Source.HEAD
+        return Source.TEXT if self.repeated.any() else Source.NONE
 
 
 class BudgetController:
     """Chooses how much to draft, step by step."""
 
-    def __init__(
-        self, full: DraftShape, forwards: Callable[[int], int], verify: RowTimes, draft: RowTimes, other: float = 0.0
-    ) -> None:
+    def __init__(self, full: DraftShape, forwards: Callable[[int], int], verify: RowTimes, draft: RowTimes) -> None:
         """Starts from measurements.
 
         Args:
             full: the configured shape: no draft goes further.
             forwards: of the head, by levels.
-            verify: seconds of a step up to its samples, by rows.
+            verify: seconds of the target's forward, logits included, by rows.
             draft: seconds of one forward of the head, by rows.
-            other: seconds of the rest of a step.
         """
         self.full = full
         self.forwards = forwards
@@ -223,8 +133,7 @@ class BudgetController:
         depths = sorted({*cheapest, full.levels})
         #: In the order in which a tie is decided: the less, the earlier.
         self.shapes = [DraftShape(levels, width) for width in widths for levels in depths]
-        #: Of steps without a draft, and with one.
-        self._others: tuple[deque[float], ...] = (deque([other], maxlen=33), deque([other], maxlen=33))
+        self.host = HostTimes()
         #: Of greedy requests and of those that sample, whose trees are as different as their chances.
         self._trees: tuple[deque[_Remembered], ...] = (deque(maxlen=REMEMBERED_TREES), deque(maxlen=REMEMBERED_TREES))
         self._plans: dict[tuple[int, int, int], _Plan] = {}
@@ -232,20 +141,21 @@ class BudgetController:
         self._plain = FIRST_PLAIN
         #: Whether what was planned last is there to teach.
         self.probing = False
+        self._settled = False
 
     # What is learnt
 
     def learn_verify(self, rows: int, seconds: float) -> None:
-        """Takes the time of a step whose rows were all roots and nodes, up to its samples."""
+        """Takes the time of the target's forward in a step whose rows were all roots and nodes."""
         self.verify.learn(rows, seconds)
 
     def learn_draft(self, shape: DraftShape, batch: int, seconds: float) -> None:
         """Takes the time of a draft of so many trees."""
         self.draft.learn(batch * shape.width, seconds / self.forwards(shape.levels))
 
-    def learn_other(self, seconds: float, drafted: bool) -> None:
-        """Takes the time of a step outside verification and draft; the median counts, since servers wait."""
-        self._others[drafted].append(seconds)
+    def learn_host(self, source: Source, requests: int, seconds: float) -> None:
+        """Takes the time of a step outside the target's forward and the draft, from one decision to the next."""
+        self.host.learn(source, requests, seconds)
 
     def learn_trees(self, scores: Floats, accepted: Bools, kinds: Integers) -> None:
         """Takes the outcome of a verification; see ``Calibration.learn``."""
@@ -269,8 +179,40 @@ class BudgetController:
 
     # What is decided
 
+    def decide(self, random: Bools, others: int = 0, chances: Floats | None = None) -> Decision:
+        """What the next step verifies.
+
+        Args:
+            random: ``[B]`` whether the requests that could have a tree sample.
+            others: rows of other requests in the next step.
+            chances: ``[B, W]`` that the target reaches each token of a request's continuation; None if none is known.
+        """
+        drafting = len(random)
+        shape, count = self.plan(drafting, others, int(random.sum()))
+        nothing = np.zeros(drafting, dtype=np.int64)
+        if chances is None or not self._settled or not chances.any():
+            return Decision(shape, count, nothing)
+        rows = drafting + others
+        repeated, wins, rate = self._best_repeats(chances, others)
+        if shape is None:
+            least = LEAST_GAIN * self._rate(rows, rows, rows, 0.0, Source.NONE)
+            return Decision(None, 0, repeated if rate > least else nothing)
+        plan = self._planned((int((~random).sum()), int(random.sum())), others)
+        best, highest = Decision(shape, count, nothing), self._head_rate(plan, drafting, rows, 0.0, 0)
+        if rate > highest:
+            best, highest = Decision(None, 0, repeated), rate
+        # And some by the head: those whose continuations promise less than its trees do.
+        less = wins < plan.tokens
+        fewer = int(less.sum())
+        if 0 < fewer < drafting:
+            plan = self._planned((int((less & ~random).sum()), int((less & random).sum())), rows - fewer)
+            left = np.where(less, 0, repeated)
+            if self._head_rate(plan, fewer, rows, float(wins[~less].sum()), int(left.sum())) > highest:
+                best = Decision(plan.shape, fewer, left)
+        return best
+
     def plan(self, drafting: int, others: int = 0, random: int = 0) -> tuple[DraftShape | None, int]:
-        """The shape of the next draft.
+        """The shape of the head's next draft, if all drafts are the head's.
 
         Args:
             drafting: requests that could have a tree.
@@ -280,33 +222,27 @@ class BudgetController:
         Returns:
             ``(shape or None for no draft, how many of the requests draft)``.
         """
-        self.probing = False
+        self.probing = self._settled = False
         kinds = drafting - random, random
         if any(count and len(trees) < FIRST_TREES for count, trees in zip(kinds, self._trees, strict=True)):
             return self.full, drafting if all(kinds) else min(drafting, FIRST_TREES)
         if self._plain:
             self._plain -= 1
             return None, 0
-        # Loads that hardly differ share a plan: finding one takes as long as a step of a small target.
-        load = _about(drafting), _about(others), _about(random)
-        plan = self._plans.get(load)
-        if plan is None or plan.until <= self._steps:
-            shape, gain = self._best_shape(kinds, others)
-            probes = self._steps_between_probes(shape, drafting, others)
-            plan = self._plans[load] = _Plan(self._steps + PLAN_STEPS, shape, probes, _spaced(1 - 1 / gain))
-        shape = plan.shape
+        plan = self._planned(kinds, others)
         self._steps += 1
         self._since_probe += 1
         self._since_plain += 1
-        if shape is not None and self._since_plain >= plan.steps_between_plain:
+        if plan.shape is not None and self._since_plain >= plan.steps_between_plain:
             self._since_plain = 0
             self.probing = True
             return None, 0
-        if shape != self.full and self._since_probe >= plan.steps_between_probes:
+        if plan.shape != self.full and self._since_probe >= plan.steps_between_probes:
             self._since_probe = 0
             self.probing = True
-            return self.full, 1 if shape is None else drafting
-        return shape, drafting if shape else 0
+            return self.full, 1 if plan.shape is None else drafting
+        self._settled = True
+        return plan.shape, drafting if plan.shape else 0
 
     def select(
         self, shape: DraftShape, scores: Floats, depths: Integers, parents: Integers, random: Bools, others: int = 0
@@ -332,7 +268,7 @@ class BudgetController:
         order = np.argsort(-chances, axis=None, kind="stable")
         order = order[chances.ravel()[order] > 0]
         ordered, seconds = chances.ravel()[order], self._draft_seconds(shape, batch)
-        best, _ = self._best_count(ordered, np.ones(len(ordered)), batch, others, seconds)
+        best, _ = self._best_count(ordered, np.ones(len(ordered)), batch, others, seconds, Source.HEAD)
         if self._steps % HALF_STEPS == HALF_STEPS // 2:
             best //= 2
         kept = np.zeros(chances.size, dtype=bool)
@@ -343,15 +279,49 @@ class BudgetController:
 
     # How
 
-    def other(self, drafted: bool) -> float:
-        """Seconds of a step outside verification and draft; a draft has to be kept and handed over, too."""
-        return statistics.median(self._others[drafted])
+    def _planned(self, kinds: tuple[int, int], others: int) -> _Plan:
+        """The plan for so many greedy requests and so many that sample, which holds for some steps.
+
+        Loads that hardly differ share one: finding it takes as long as a step of a small target.
+        """
+        drafting = sum(kinds)
+        load = about(drafting), about(others), about(kinds[1])
+        plan = self._plans.get(load)
+        if plan is None or plan.until <= self._steps:
+            shape, gain, nodes, tokens = self._best_shape(kinds, others)
+            probes = self._steps_between_probes(shape, drafting, others)
+            each = tokens / drafting, nodes / drafting
+            plan = self._plans[load] = _Plan(self._steps + PLAN_STEPS, shape, probes, _spaced(1 - 1 / gain), *each)
+        return plan
+
+    def _best_repeats(self, chances: Floats, others: int) -> tuple[Integers, Floats, float]:
+        """``(tokens of each continuation [B], what they win [B], tokens per second)`` if the head drafts nothing."""
+        order = np.argsort(-chances, axis=None, kind="stable")
+        ordered = chances.ravel()[order]
+        best, rate = self._best_count(ordered, np.ones(len(ordered)), len(chances), others, 0.0, Source.TEXT)
+        if self._steps % HALF_STEPS == HALF_STEPS // 2:
+            best = -(-best // 2)
+        chosen = np.zeros(chances.size, dtype=bool)
+        chosen[order[:best]] = True
+        kept = (chosen & (chances.ravel() > 0)).reshape(chances.shape)
+        return kept.sum(axis=1), np.where(kept, chances, 0.0).sum(axis=1), rate
+
+    def _head_rate(self, plan: _Plan, drafting: int, requests: int, tokens: float, nodes: int) -> float:
+        """Tokens per second if the head drafts so, beside other drafts of so many nodes that win so many tokens."""
+        if plan.shape is None:
+            return 0.0
+        won, rows = requests + tokens + drafting * plan.tokens, requests + nodes + drafting * plan.nodes
+        return self._rate(won, rows, requests, self._draft_seconds(plan.shape, drafting), Source.HEAD)
+
+    def _rate(self, tokens: float, rows: float, requests: int, draft: float, source: Source) -> float:
+        return tokens / (float(self.verify(rows)) + draft + self.host(source, requests))
 
     def _steps_between_probes(self, shape: DraftShape | None, drafting: int, others: int) -> int:
         """So many that what probes take beyond what is planned stays within their share of the time."""
         probed = 1 if shape is None else drafting
         nodes = max(len(tree.scores) for trees in self._trees for tree in trees)
-        planned = float(self.verify(drafting + others)) + self.other(drafted=shape is not None)
+        source = Source.NONE if shape is None else Source.HEAD
+        planned = float(self.verify(drafting + others)) + self.host(source, drafting + others)
         drafted = 0.0 if shape is None else self._draft_seconds(shape, drafting)
         more = self._draft_seconds(self.full, probed) - drafted
         more += float(self.verify(drafting + others + nodes) - self.verify(drafting + others))
@@ -360,7 +330,9 @@ class BudgetController:
     def _draft_seconds(self, shape: DraftShape, batch: int) -> float:
         return self.forwards(shape.levels) * float(self.draft(batch * shape.width))
 
-    def _best_count(self, chances: Floats, weights: Floats, batch: int, others: int, draft: float) -> tuple[int, float]:
+    def _best_count(
+        self, chances: Floats, weights: Floats, batch: int, others: int, draft: float, source: Source
+    ) -> tuple[int, float]:
         """``(nodes, tokens per second)`` where the rate is highest.
 
         Args:
@@ -369,19 +341,25 @@ class BudgetController:
             batch: requests that draft.
             others: rows beside theirs.
             draft: seconds of the draft.
+            source: of the drafts.
         """
         counts = np.concatenate([[0.0], weights.cumsum()])
         tokens = batch + others + np.concatenate([[0.0], (chances * weights).cumsum()])
-        rates = tokens / (self.verify(batch + others + counts) + draft + self.other(drafted=True))
+        rates = tokens / (self.verify(batch + others + counts) + draft + self.host(source, batch + others))
         best = int(rates.argmax())
         return best, float(rates[best])
 
-    def _best_shape(self, kinds: tuple[int, int], others: int) -> tuple[DraftShape | None, float]:
-        """For so many greedy requests and so many that sample, and how many times the rate without a draft it makes."""
+    def _best_shape(self, kinds: tuple[int, int], others: int) -> tuple[DraftShape | None, float, float, float]:
+        """For so many greedy requests and so many that sample.
+
+        Returns:
+            ``(shape, how many times the rate without a draft it makes, its trees' nodes, the tokens that they win)``.
+        """
         drafting = sum(kinds)
         rows = drafting + others
-        plain = float(rows / (self.verify(rows) + self.other(drafted=False)))
-        best, highest = None, LEAST_GAIN * plain
+        plain = self._rate(rows, rows, rows, 0.0, Source.NONE)
+        best: tuple[DraftShape | None, float, float] = (None, 0.0, 0.0)
+        highest = LEAST_GAIN * plain
         trees = [tree for count, some in zip(kinds, self._trees, strict=True) if count for tree in some]
         each = [count / len(some) for count, some in zip(kinds, self._trees, strict=True) if count for _ in some]
         scores, depths, breadths, sorts = (
@@ -395,11 +373,14 @@ class BudgetController:
             wins = self._last_level_wins(shape, chances * weights, depths)
             won = chances[inside] * np.where(depths[inside] == shape.levels, wins, 1.0)
             order = np.argsort(-won)
+            won, weighs = won[order], weights[inside][order]
             seconds = self._draft_seconds(shape, drafting)
-            count, rate = self._best_count(won[order], weights[inside][order], drafting, others, seconds)
+            count, rate = self._best_count(won, weighs, drafting, others, seconds, Source.HEAD)
             if count and rate > highest:
-                best, highest = shape, rate
-        return best, highest / plain
+                highest = rate
+                best = shape, float(weighs[:count].sum()), float((won * weighs)[:count].sum())
+        chosen, nodes, tokens = best
+        return chosen, highest / plain, nodes, tokens
 
     def _last_level_wins(self, shape: DraftShape, chances: Floats, depths: Integers) -> float:
         """What a draft's last level wins of what the same level does in a full draft.

@@ -118,7 +118,7 @@ def _select(args: EngineArgs, target: ModelConfig, parallel: ParallelConfig) -> 
         raise JakiroConfigError(f"method 'jakiro' brings its own scheduler, got --scheduler-cls {args.scheduler_cls}")
     from jakiro_vllm.integration.metrics import export_depths
 
-    export_depths(PROPOSER, config.depth)
+    export_depths(PROPOSER, config.levels)
     if worker == WORKERS["cuda"]:
         capture_trees(args, config.num_nodes)
     parallel.worker_cls = args.worker_cls = worker  # the arguments may be asked for a configuration again

@@ -1,4 +1,7 @@
-"""Between the runner and the budget: the clock, and what is known of the trees that a step verified."""
+"""Between the runner and the budget: the clock, and what is known of the drafts that a step verified.
+
+B requests, W tokens of a continuation.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,11 @@ from torch import Tensor
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 
-from jakiro_vllm.decode.budget import BudgetController, Floats, Integers, RowTimes
+from jakiro_vllm.decode.budget import BudgetController, Decision
+from jakiro_vllm.decode.costs import Bools, Floats, Integers, RowTimes
 from jakiro_vllm.decode.drafter import DraftShape, TreeDrafter
-from jakiro_vllm.tree.batch import TreeBatch
+from jakiro_vllm.decode.lookup import Lookup
+from jakiro_vllm.tree.batch import TreeBatch, chains
 from jakiro_vllm.tree.walk import Accepted
 
 logger = init_logger("vllm.plugins.jakiro.pacing")
@@ -29,21 +34,35 @@ FIRST_STEPS, LEARN_STEPS = 256, 5
 
 
 class Pacer:
-    """Times the steps of a runner on a platform where a call returns when its work is done."""
+    """Times the steps of a runner on a platform where a call returns when its work is done.
 
-    def __init__(self, controller: BudgetController) -> None:
+    What is neither the target's forward nor a draft counts from one decision to the next: that much a decision costs.
+    """
+
+    def __init__(self, controller: BudgetController, lookup: Lookup | None = None) -> None:
+        """Starts its clock.
+
+        Args:
+            controller: decides.
+            lookup: finds what a request's own text suggests; None if that is not wanted.
+        """
         self.controller = controller
+        self.lookup = lookup
         #: Of the latest tree of each request: log-probabilities and kinds of its nodes.
         self._drafts: dict[str, tuple[Floats, Integers]] = {}
-        self._began = self._verified = time.perf_counter()
-        self._drafted = 0.0
+        self._began = self._decided = time.perf_counter()
+        self._forward = self._drafted = 0.0
         self._steps = 0
+        #: The latest decision and its requests, if all rows of the step that followed were roots and nodes.
+        self._before: tuple[Decision, int] | None = None
 
-    def begin(self) -> None:
-        """A step begins."""
-        now = time.perf_counter()
-        self.controller.learn_other(now - self._verified - self._drafted, drafted=self._drafted > 0)
-        self._began, self._drafted = now, 0.0
+    def forward_begins(self) -> None:
+        """All inputs of the target are there."""
+        self._began = time.perf_counter()
+
+    def forward_ends(self) -> None:
+        """The logits are there."""
+        self._forward = time.perf_counter() - self._began
         self._steps += 1
 
     @property
@@ -62,17 +81,18 @@ class Pacer:
         """The step's samples are there.
 
         Args:
-            names: of the B requests.
+            names: of the requests.
             trees: that were verified.
             has_tree: ``[B] bool``.
             rows: of the step, if all of them were roots and nodes; None otherwise.
             accepted: paths.
         """
-        self._verified = time.perf_counter()
+        if rows is None:
+            self._before = None
         if not self._learns:
             return
         if rows is not None:
-            self.controller.learn_verify(rows, self._verified - self._began)
+            self.controller.learn_verify(rows, self._forward)
         if not has_tree.any():
             return
         sizes = trees.num_nodes.numpy()
@@ -90,12 +110,55 @@ class Pacer:
         offered = ~np.isnan(scores) & (trees.tokens.numpy() >= 0)  # a grammar may have struck some
         self.controller.learn_trees(scores[offered], hits[offered], kinds[offered])
 
-    def plan(self, drafting: int, others: int, random: int) -> tuple[DraftShape | None, int]:
-        """As ``BudgetController.plan``; the first rank's on every rank, since all must launch the same."""
-        shape, count = self.controller.plan(drafting, others, random)
-        planned = [shape.levels, shape.width, count] if shape else [0, 0, 0]
-        levels, width, count = map(int, first_ranks_numbers(planned))
-        return DraftShape(levels, width) if levels else None, count
+    def decide(
+        self,
+        names: Sequence[str],
+        random: Bools,
+        others: int,
+        room: Integers,
+        texts: Tensor,
+        rows: Tensor,
+        lengths: Tensor,
+    ) -> tuple[Decision, TreeBatch | None]:
+        """What the next step verifies.
+
+        Args:
+            names: of the B requests that could have a tree.
+            random: ``[B]`` whether they sample.
+            others: rows of other requests in the next step.
+            room: ``[B]`` draft tokens beyond which no more are wanted.
+            texts: ``[R, L] int32`` token ids.
+            rows: ``[B] int64`` of each request's text.
+            lengths: ``[B] int64`` its tokens.
+
+        Returns:
+            ``(decision, the continuations' chains [B, 1 + W], None if none was looked for)``; the first rank's on every
+            rank, since all must launch the same.
+        """
+        now = time.perf_counter()
+        if self._before is not None:
+            decision, requests = self._before
+            seconds = now - self._decided - self._forward - self._drafted
+            self.controller.learn_host(decision.source, requests, max(seconds, 0.0))
+        self._decided, self._drafted = now, 0.0
+        chances = tokens = None
+        if self.lookup is not None:
+            tokens, repeated = self.lookup.find(names, texts, rows, lengths)
+            chances = self.lookup.chances(repeated, random)
+            chances[np.arange(chances.shape[1]) >= room[:, None]] = 0.0
+        decision = first_ranks_decision(self.controller.decide(random, others, chances))
+        self._before = decision, len(names) + others
+        for row in decision.repeated.nonzero()[0].tolist():
+            self._drafts.pop(names[row], None)  # the head's latest tree is no longer what will be verified
+        if tokens is None or not decision.repeated.any():
+            return decision, None
+        roots = tokens.new_full((len(tokens), 1), -1)
+        return decision, chains(torch.cat([roots, tokens], dim=1), torch.from_numpy(decision.repeated) + 1)
+
+    def followed(self, names: Sequence[str], emitted: Sequence[Sequence[int]], random: Bools) -> None:
+        """As ``Lookup.followed``."""
+        if self.lookup is not None:
+            self.lookup.followed(names, emitted, random)
 
     def grow(
         self, names: Sequence[str], shape: DraftShape, random: Tensor, others: int, draft: Callable[[], TreeBatch]
@@ -116,17 +179,30 @@ class Pacer:
     def forget(self, name: str) -> None:
         """A request has ended."""
         self._drafts.pop(name, None)
+        if self.lookup is not None:
+            self.lookup.forget(name)
 
 
-def first_ranks_numbers(numbers: Sequence[float]) -> list[float]:
+def first_ranks_numbers(numbers: list[float]) -> list[float]:
     """The first tensor-parallel rank's, on every rank."""
     group = get_tp_group()
     if group.world_size == 1:
-        return list(numbers)
+        return numbers
     packed = torch.tensor(numbers, dtype=torch.float64)
     group.broadcast(packed)
     found: list[float] = packed.tolist()
     return found
+
+
+def first_ranks_decision(decision: Decision) -> Decision:
+    """The first tensor-parallel rank's, on every rank: each knows how many requests there are."""
+    levels, width = (decision.shape.levels, decision.shape.width) if decision.shape else (0, 0)
+    told = [levels, width, decision.drafting, *decision.repeated.tolist()]
+    found = first_ranks_numbers(told)
+    if found is told:
+        return decision
+    levels, width, drafting, *repeated = map(int, found)
+    return Decision(DraftShape(levels, width) if levels else None, drafting, np.array(repeated, dtype=np.int64))
 
 
 def fastest(run: Callable[[], object]) -> float:
@@ -152,7 +228,9 @@ def time_rows(run: Callable[[int], object], most: int) -> RowTimes:
 
 def make_pacer(drafter: TreeDrafter, verify: RowTimes, draft: RowTimes) -> Pacer:
     """A pacer that starts from what was timed, and says so in the log."""
+    config = drafter.config
     for what, times in (("a verification", verify), ("a forward of the head", draft)):
         table = ", ".join(f"{r:.0f}: {1e3 * s:.2f}" for r, s in zip(times.rows, times.seconds, strict=True))
         logger.info("Milliseconds of %s by rows: %s", what, table)
-    return Pacer(BudgetController(drafter.full, drafter.forwards, verify, draft))
+    controller = BudgetController(drafter.full, drafter.forwards, verify, draft)
+    return Pacer(controller, Lookup(config.node_budget) if config.lookup else None)

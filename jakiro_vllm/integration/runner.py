@@ -22,7 +22,9 @@ from vllm.v1.outputs import DraftTokenIds, LogprobsTensors, SamplerOutput
 from vllm.v1.sample.metadata import SamplingMetadata
 
 from jakiro_vllm.cache.commit import CommittedRows, committed_rows
+from jakiro_vllm.config import MAX_NODES
 from jakiro_vllm.decode.backlog import Backlog
+from jakiro_vllm.decode.costs import Bools, Integers
 from jakiro_vllm.decode.drafter import DraftShape, HeadCache, Roots, RoundInput
 from jakiro_vllm.decode.store import TreeStore
 from jakiro_vllm.integration.layers import check_layers
@@ -134,7 +136,7 @@ class JakiroRunnerMixin:
         """As vLLM's; then every layer is checked, and budgets are told that logits have one row per request."""
         super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
         self.backlog = Backlog()
-        check_layers(self.vllm_config, self.drafter.tree_config.depth, self.tree_backend)  # type: ignore[attr-defined]
+        check_layers(self.vllm_config, self.drafter.tree_config.levels, self.tree_backend)  # type: ignore[attr-defined]
         holder = self.input_batch.thinking_budget_state_holder
         if holder is not None:
             holder.in_spec_mode = False
@@ -148,10 +150,11 @@ class JakiroRunnerMixin:
     # Inputs
 
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
-        """As vLLM's; a step begins."""
+        """As vLLM's; the target's forward ends here."""
+        output = super().execute_model(*args, **kwargs)  # type: ignore[misc]
         if self.pacer is not None:
-            self.pacer.begin()
-        return super().execute_model(*args, **kwargs)  # type: ignore[misc]
+            self.pacer.forward_ends()
+        return output
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
         """Moves tree rows to the positions of their depths; slots stay where vLLM computed them."""
@@ -204,6 +207,8 @@ class JakiroRunnerMixin:
         if self._step is not None:
             self._step.metadata = per_layer
         self._attach_trees(self._step, per_layer)
+        if self.pacer is not None:
+            self.pacer.forward_begins()
         return per_layer, common
 
     # Verification
@@ -218,7 +223,7 @@ class JakiroRunnerMixin:
 
     def _levels(self, step: Step) -> int:
         """Upper bound of the depths in a step."""
-        return self.drafter.tree_config.depth if step.any_tree else 0
+        return self.drafter.tree_config.levels if step.any_tree else 0
 
     def _walk_by_levels(self, step: Step, logits: Tensor) -> tuple[Accepted, LogprobsTensors | None]:
         """Samples one token per request and level, each as plain decoding would have it there."""
@@ -276,47 +281,62 @@ class JakiroRunnerMixin:
         step, self._step = self._step, None
         assert step is not None and step.metadata is not None
         names = self.input_batch.req_ids
-        drafting, shape = self._plan_draft(step, names, sampled_token_ids)
-        waits = not drafting and step.ancestors is None and self.pacer is not None and self.backlog.takes(names)
-        if waits and all(sampled_token_ids) and not step.any_prefix:
-            self._leave_for_later(step, names, sampled_token_ids, hidden_states)
-            return [[] for _ in names]
+        drafts: list[list[int]] = [[] for _ in names]
+        drafting, shape = self._plan_draft(step, names, sampled_token_ids, drafts)
         paged = step.metadata[HEAD_LAYER]
+        waits = not drafting and self.pacer is not None and self.backlog.takes(names)
+        if waits and all(sampled_token_ids) and not step.any_prefix:
+            self._leave_for_later(step, names, sampled_token_ids, hidden_states, paged.slot_mapping)
+            return drafts
         self.catch_up(paged)
         rows = self._committed(step, sampled_token_ids)
-        positions = step.base[rows.requests] + rows.offsets
-        next_tokens = self.input_batch.token_ids_cpu_tensor[rows.requests, positions + 1].long()
+        next_tokens, positions = self._read(step, rows)
         chosen = torch.tensor(drafting, dtype=torch.int64)
-        next_tokens, positions = upload(torch.stack([next_tokens, positions]), self.device)
         last = rows.last[chosen]
         per_tree = torch.stack([chosen, last, step.base[chosen] + rows.offsets[last] + 1])
         requests, last, context_lens = upload(per_tree, self.device)
         cache = self._head_cache(paged, requests, context_lens, paged.slot_mapping[rows.destinations])
         drafter = self.drafter.drafter
         x = drafter.observe(RoundInput(hidden_states[rows.sources], next_tokens, positions), cache)
-        drafts: list[list[int]] = [[] for _ in names]
         if drafting:
             roots = Roots(x[last], next_tokens[last], positions[last])
             growing = [names[i] for i in drafting]
             if self.pacer is None:
                 trees = self._grow(roots, cache, shape)
             else:
-                random, others = self._random(growing), len(names) - len(growing)
+                # Rows of the next step that are not theirs.
+                others = sum(1 + len(tokens) for tokens in drafts) - len(growing)
+                random = torch.from_numpy(self._random(growing))
                 trees = self.pacer.grow(growing, shape, random, others, lambda: self._grow(roots, cache, shape))
             trees = first_ranks(trees)
             for i, tokens in zip(drafting, self.tree_store.put(growing, trees), strict=True):
                 drafts[i] = tokens
         return drafts
 
+    def _read(self, step: Step, rows: CommittedRows) -> tuple[Tensor, Tensor]:
+        """``(next_tokens [T], positions [T]) int64`` of the committed rows, on the device."""
+        positions = step.base[rows.requests] + rows.offsets
+        next_tokens = self.input_batch.token_ids_cpu_tensor[rows.requests, positions + 1].long()
+        next_tokens, positions = upload(torch.stack([next_tokens, positions]), self.device)
+        return next_tokens, positions
+
     def _leave_for_later(
-        self, step: Step, names: Sequence[str], sampled_token_ids: list[list[int]], hidden_states: Tensor
+        self,
+        step: Step,
+        names: Sequence[str],
+        sampled_token_ids: list[list[int]],
+        hidden_states: Tensor,
+        slots: Tensor,
     ) -> None:
-        """Keeps a step's rows, one of each request, until the head is asked for a draft."""
-        assert step.metadata is not None
-        batch = len(names)
-        next_tokens = torch.tensor([tokens[0] for tokens in sampled_token_ids], dtype=torch.int64)
-        rows = RoundInput(hidden_states[:batch], next_tokens, step.base)
-        self.backlog.add(names, rows, step.metadata[HEAD_LAYER].slot_mapping[:batch])
+        """Keeps a step's committed rows until the head is asked for a draft."""
+        if step.ancestors is None:  # one row of each request, in their order
+            next_tokens = torch.tensor([tokens[0] for tokens in sampled_token_ids], dtype=torch.int64)
+            features, slots = hidden_states[: len(names)].clone(), slots[: len(names)].clone()
+            read = RoundInput(features, next_tokens, step.base)
+        else:
+            rows = self._committed(step, sampled_token_ids)
+            read, slots = RoundInput(hidden_states[rows.sources], *self._read(step, rows)), slots[rows.destinations]
+        self.backlog.add(names, read, slots)
 
     def catch_up(self, paged: Any) -> None:
         """Lets the head read what waits for it.
@@ -330,9 +350,9 @@ class JakiroRunnerMixin:
             self.drafter.drafter.observe(rows, self._head_cache(paged, nobody, nobody, slots))
 
     def _plan_draft(
-        self, step: Step, names: Sequence[str], sampled_token_ids: list[list[int]]
+        self, step: Step, names: Sequence[str], sampled_token_ids: list[list[int]], drafts: list[list[int]]
     ) -> tuple[list[int], DraftShape]:
-        """Which requests get trees, and of which shape."""
+        """Which requests the head drafts for, and trees of which shape; puts the others' continuations into drafts."""
         drafting = [i for i, tokens in enumerate(sampled_token_ids) if tokens and self._may_draft(names[i])]
         full = self.drafter.drafter.full
         if self.pacer is None:
@@ -340,16 +360,43 @@ class JakiroRunnerMixin:
         assert step.accepted is not None
         rows = None if step.any_prefix else int(step.row_counts.sum())
         self.pacer.verified(names, step.trees, step.has_tree, rows, step.accepted)
+        random = self._random(names)
+        self.pacer.followed(names, sampled_token_ids, random)
         if not drafting:
             return drafting, full
-        random = int(self._random([names[i] for i in drafting]).sum())
-        shape, count = self.pacer.plan(len(drafting), len(names) - len(drafting), random)
-        return drafting[:count], shape or full
+        wanted = [names[i] for i in drafting]
+        texts = torch.tensor(drafting)
+        lengths = (
+            step.base[texts] + step.prefix_lens[texts] + torch.tensor([len(sampled_token_ids[i]) for i in drafting])
+        )
+        decision, found = self.pacer.decide(
+            wanted,
+            random[drafting],
+            len(names) - len(drafting),
+            self._room(wanted),
+            self.input_batch.token_ids_cpu_tensor,
+            texts,
+            lengths + 1,
+        )
+        repeats = decision.repeated > 0
+        if found is not None:
+            chosen = repeats.nonzero()[0].tolist()
+            kept = self.tree_store.put([wanted[row] for row in chosen], found.select(torch.tensor(chosen)))
+            for row, tokens in zip(chosen, kept, strict=True):
+                drafts[drafting[row]] = tokens
+        left = [i for i, repeated in zip(drafting, repeats.tolist(), strict=True) if not repeated]
+        return left[: decision.drafting], decision.shape or full
 
-    def _random(self, names: Sequence[str]) -> Tensor:
-        """``[B] bool`` whether the requests sample."""
+    def _random(self, names: Sequence[str]) -> Bools:
+        """``[B]`` whether the requests sample."""
         params = [self.requests[name].sampling_params for name in names]
-        return torch.tensor([p is not None and p.temperature >= GREEDY_BELOW for p in params])
+        return np.array([p is not None and p.temperature >= GREEDY_BELOW for p in params])
+
+    def _room(self, names: Sequence[str]) -> Integers:
+        """``[B] int64`` draft tokens that the requests could still use; a step emits one more."""
+        states = [self.requests[name] for name in names]
+        limits = [(s.sampling_params.max_tokens, len(s.output_token_ids)) for s in states]
+        return np.array([limit - done - 1 if limit is not None else MAX_NODES for limit, done in limits])
 
     def _committed(self, step: Step, sampled_token_ids: list[list[int]]) -> CommittedRows:
         """The rows that stay; a request whose sample was discarded keeps its prompt chunk."""
