@@ -108,6 +108,31 @@ def test_what_the_platform_decides(values: dict[str, Any], can_adapt: bool, expe
 
 
 @pytest.mark.parametrize(
+    ("values", "can_adapt", "expected"),
+    [
+        ({}, True, (True, 16)),
+        ({}, False, (False, DEPTH)),
+        ({"adaptive": False}, True, (False, DEPTH)),
+        ({"lookup": False}, True, (False, ADAPTIVE_DEPTH)),
+        ({"lookup": True, "node_budget": 24}, True, (True, 24)),
+        ({"lookup": False}, False, (False, DEPTH)),
+    ],
+)
+def test_texts_are_looked_up_where_trees_adapt(
+    values: dict[str, Any], can_adapt: bool, expected: tuple[bool, int]
+) -> None:
+    """And then a path may be as long as a tree has nodes."""
+    config = TreeConfig.for_platform(values, can_adapt)
+    assert (config.lookup, config.levels) == expected
+
+
+@pytest.mark.parametrize(("values", "can_adapt"), [({"adaptive": False}, True), ({}, False)])
+def test_lookup_needs_trees_that_adapt(values: dict[str, Any], can_adapt: bool) -> None:
+    with pytest.raises(JakiroConfigError, match=r"tree\.lookup needs trees that adapt .* got lookup: true without"):
+        TreeConfig.for_platform({"lookup": True} | values, can_adapt)
+
+
+@pytest.mark.parametrize(
     "values", [{"depth": 0}, {"depth": None}, {"depth": 5, "node_budget": 4}, {"depth": 12, "top_k": 8}]
 )
 def test_the_platform_overrules_nothing(values: dict[str, Any]) -> None:
@@ -120,7 +145,7 @@ def test_unknown_keys() -> None:
         TreeConfig.from_dict({"depth": 3, "breadth": 2, "budget": 4})
     message = str(error.value)
     assert "breadth, budget" in message
-    for allowed in ("node_budget", "depth", "top_k", "policy"):
+    for allowed in ("node_budget", "depth", "top_k", "policy", "adaptive", "lookup"):
         assert allowed in message
 
 

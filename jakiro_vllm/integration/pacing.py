@@ -53,7 +53,9 @@ class Pacer:
         self._began = self._decided = time.perf_counter()
         self._forward = self._drafted = 0.0
         self._steps = 0
-        #: The latest decision and its requests, if all rows of the step that followed were roots and nodes.
+        #: The decision that the next step follows, and its requests; that which the last step followed, if all rows of
+        #: that step were roots and nodes.
+        self._next: tuple[Decision, int] | None = None
         self._before: tuple[Decision, int] | None = None
 
     def forward_begins(self) -> None:
@@ -87,8 +89,7 @@ class Pacer:
             rows: of the step, if all of them were roots and nodes; None otherwise.
             accepted: paths.
         """
-        if rows is None:
-            self._before = None
+        self._before, self._next = self._next if rows is not None else None, None
         if not self._learns:
             return
         if rows is not None:
@@ -147,7 +148,7 @@ class Pacer:
             chances = self.lookup.chances(repeated, random)
             chances[np.arange(chances.shape[1]) >= room[:, None]] = 0.0
         decision = first_ranks_decision(self.controller.decide(random, others, chances))
-        self._before = decision, len(names) + others
+        self._next = decision, len(names) + others
         for row in decision.repeated.nonzero()[0].tolist():
             self._drafts.pop(names[row], None)  # the head's latest tree is no longer what will be verified
         if tokens is None or not decision.repeated.any():

@@ -13,13 +13,16 @@ import pytest
 from jakiro_vllm.decode.budget import (
     FIRST_PLAIN,
     FIRST_TREES,
+    HALF_STEPS,
+    LEAST_GAIN,
     PLAN_STEPS,
     PROBE_SHARE,
     PROBE_STEPS,
     BudgetController,
-    Calibration,
-    RowTimes,
+    Decision,
 )
+from jakiro_vllm.decode.calibration import Calibration
+from jakiro_vllm.decode.costs import HostTimes, RowTimes, Source
 from jakiro_vllm.decode.drafter import DraftShape
 
 FULL = DraftShape(levels=5, width=3)
@@ -76,6 +79,30 @@ def test_a_stall_moves_a_table_little() -> None:
     before = float(times(8))
     times.learn(8, 1000.0)
     assert before < float(times(8)) < 1.3 * before
+
+
+def test_host_times_are_medians_by_source_and_load() -> None:
+    host = HostTimes()
+    assert host(Source.HEAD, 3) == 0.0
+    for seconds in (2.0, 2.1, 500.0):  # the server waited for a request
+        host.learn(Source.NONE, 4, seconds)
+    for seconds in (5.0, 6.0, 7.0):
+        host.learn(Source.HEAD, 4, seconds)
+        host.learn(Source.HEAD, 40, 10 * seconds)
+    assert host(Source.NONE, 4) == 2.1
+    assert host(Source.HEAD, 4) == 6.0
+    assert host(Source.HEAD, 41) == 60.0  # 40 to 47 are one load
+
+
+def test_what_was_never_timed_takes_as_long_as_what_is_most_like_it() -> None:
+    host = HostTimes()
+    host.learn(Source.NONE, 1, 1.0)
+    assert host(Source.TEXT, 1) == 1.0
+    host.learn(Source.HEAD, 1, 3.0)
+    host.learn(Source.HEAD, 8, 4.0)
+    assert host(Source.TEXT, 1) == 3.0
+    assert host(Source.TEXT, 100) == 4.0
+    assert host(Source.NONE, 100) == 1.0
 
 
 # Probabilities
@@ -340,8 +367,8 @@ def test_steps_without_a_draft_cost_less_beside_it_too(rng: np.random.Generator)
         controller = make(0.01, 0.01)
         settled(controller, 4, rng, sharpness=0.5)
         for _ in range(33):
-            controller.learn_other(3.0, drafted=True)
-            controller.learn_other(plain, drafted=False)
+            controller.learn_host(Source.HEAD, 4, 3.0)
+            controller.learn_host(Source.NONE, 4, plain)
         shapes.append(controller.plan(4, random=4)[0])
     assert shapes[0] is not None
     assert shapes[1] is None
@@ -368,6 +395,102 @@ def test_nothing_is_planned_for_a_kind_of_which_nothing_is_known(rng: np.random.
     settled(controller, 8, rng)
     assert controller.plan(8, random=8)[0] is None
     assert controller.plan(8, random=7) == (FULL, 8)
+
+
+# Continuations
+
+
+def decided(controller: BudgetController, chances: list[list[float]], others: int = 0) -> tuple[object, ...]:
+    """``(shape, drafting, repeated)`` of a step of greedy or random requests, experiments aside."""
+    random = np.ones(len(chances), dtype=bool)
+    while True:
+        found = controller.decide(random, others, np.array(chances))
+        if controller._settled and controller._steps % HALF_STEPS != HALF_STEPS // 2:
+            return found.shape, found.drafting, found.repeated.tolist()
+
+
+SURE, HOPELESS = [0.99] * 8, [0.05] + [0.0] * 7
+
+
+def test_without_continuations_a_decision_is_the_plan(rng: np.random.Generator) -> None:
+    controller = make(1e-5, 1e-5)
+    settled(controller, 2, rng)
+    for chances in (None, np.zeros((2, 4))):
+        found = controller.decide(np.ones(2, dtype=bool), 0, chances)
+        assert (found.shape, found.drafting, found.repeated.tolist()) == (FULL, 2, [0, 0])
+        assert found.source is Source.HEAD
+
+
+def test_a_sure_continuation_saves_the_draft(rng: np.random.Generator) -> None:
+    controller = make(0.001, 0.05)
+    settled(controller, 1, rng)
+    assert decided(controller, [SURE]) == (None, 0, [8])
+    assert decided(controller, [HOPELESS])[0] is not None
+
+
+def test_where_the_head_does_not_pay_a_continuation_may(rng: np.random.Generator) -> None:
+    controller = make(0.1, 5.0)
+    settled(controller, 1, rng)
+    assert controller.plan(1, random=1) == (None, 0)
+    assert decided(controller, [SURE]) == (None, 0, [8])
+    assert decided(controller, [HOPELESS]) == (None, 0, [0])
+
+
+def test_a_continuation_is_as_long_as_pays(rng: np.random.Generator) -> None:
+    """Brute force over its length."""
+    controller = make(0.1, 5.0, fixed=1.0)
+    settled(controller, 1, rng)
+    chances = [0.8**j for j in range(1, 9)]
+    rates = [(1 + sum(chances[:n])) / float(controller.verify(1 + n)) for n in range(9)]
+    assert 1 < int(np.argmax(rates)) < 8
+    assert decided(controller, [chances]) == (None, 0, [int(np.argmax(rates))])
+
+
+def test_little_gain_is_none(rng: np.random.Generator) -> None:
+    for gain, kept in ((LEAST_GAIN - 0.01, 0), (LEAST_GAIN + 0.01, 1)):
+        controller = make(1e-9, 5.0)
+        settled(controller, 1, rng)
+        assert decided(controller, [[gain - 1.0]]) == (None, 0, [kept])
+
+
+def test_the_head_drafts_for_those_that_do_not_repeat_themselves(rng: np.random.Generator) -> None:
+    controller = make(0.005, 0.02)
+    settled(controller, 4, rng, sharpness=0.8)
+    shape, drafting, repeated = decided(controller, [SURE, HOPELESS, SURE, HOPELESS])
+    assert shape is not None
+    assert drafting == 2
+    assert repeated == [8, 0, 8, 0]
+    # A mixture takes what a draft takes.
+    assert Decision(shape, drafting, np.array(repeated)).source is Source.HEAD
+
+
+def test_what_drafts_cost_beside_the_forwards_decides_too(rng: np.random.Generator) -> None:
+    found = []
+    for head, text in ((1.0, 50.0), (50.0, 1.0)):
+        controller = make(0.001, 0.001)
+        settled(controller, 1, rng)
+        for source, seconds in ((Source.HEAD, head), (Source.TEXT, text), (Source.NONE, 1.0)):
+            controller.learn_host(source, 1, seconds)
+        found.append(decided(controller, [[0.9, 0.8, 0.7]])[0])
+    assert found == [FULL, None]
+
+
+def test_experiments_leave_continuations_aside(rng: np.random.Generator) -> None:
+    """Full drafts are still probed where continuations are all that is planned."""
+    controller = make(0.1, 5.0)
+    settled(controller, 1, rng)
+    found = [controller.decide(np.ones(1, dtype=bool), 0, np.array([SURE])) for _ in range(PROBE_STEPS[1] + 1)]
+    probes = [decision for decision in found if decision.source is Source.HEAD]
+    assert probes
+    assert all(decision.shape == FULL and not decision.repeated.any() for decision in probes)
+
+
+def test_half_a_continuation_is_tried_now_and_then(rng: np.random.Generator) -> None:
+    controller = make(0.1, 5.0)
+    settled(controller, 1, rng)
+    found = [controller.decide(np.ones(1, dtype=bool), 0, np.array([SURE])).repeated[0] for _ in range(2 * HALF_STEPS)]
+    assert found.count(4) == 2
+    assert set(found) <= {0, 4, 8}
 
 
 # All of it

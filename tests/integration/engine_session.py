@@ -16,7 +16,8 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ from typing import Any
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
+import numpy as np
 import torch
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
@@ -32,6 +34,7 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import StructuredOutputsParams
 
 from jakiro_vllm.cache.commit import moved_rows
+from jakiro_vllm.decode.budget import Decision
 
 sys.path.append(str(Path(__file__).parents[1] / "reference"))
 
@@ -73,6 +76,28 @@ def sabotage(runner: Any, what: str) -> Any:
         later = cls.catch_up
         cls.catch_up = lambda self, paged: self.backlog.take() if len(self.backlog) else None
         return lambda: setattr(cls, "catch_up", later)
+    if what == "verification":  # whatever was drafted first is accepted, down to a leaf
+        original = cls._verify
+
+        def believe(self: Any, step: Any, logits: Any) -> Any:
+            accepted, logprobs = original(self, step, logits)
+            trees = step.trees
+            for b in range(trees.batch_size):
+                node = depth = 0
+                while True:
+                    children = (trees.parents[b, : trees.num_nodes[b]] == node).nonzero().flatten().tolist()
+                    child = next((n for n in children if trees.tokens[b, n] >= 0), None)
+                    if child is None:
+                        break
+                    accepted.tokens[b, depth] = trees.tokens[b, child]
+                    node, depth = child, depth + 1
+                    accepted.path[b, depth] = node
+                accepted.tokens[b, depth] = accepted.tokens[b, depth].clamp(min=0)
+                accepted.num_accepted[b] = depth
+            return accepted, logprobs
+
+        cls._verify = believe
+        return lambda: setattr(cls, "_verify", original)
     if what == "positions":  # tree rows keep the position of their slot
         original = cls._prepare_inputs
 
@@ -86,6 +111,38 @@ def sabotage(runner: Any, what: str) -> Any:
         cls._prepare_inputs = keep_positions
         return lambda: setattr(cls, "_prepare_inputs", original)
     raise ValueError(what)
+
+
+#: Where drafts come from, by the letter that asks for it: the head, each request's text, both in turn, or nowhere.
+HEAD, TEXT, BOTH, NOWHERE = "HTB-"
+
+
+@contextmanager
+def drafts_from(runner: Any, pattern: str | None) -> Iterator[None]:
+    """Decides for the budget, step by step, by a pattern that repeats itself; None leaves it alone.
+
+    Drafts are as large as they may be, whatever they promise.
+    """
+    if pattern is None:
+        yield
+        return
+    steps, full = itertools.count(), runner.drafter.drafter.full
+
+    def decide(random: Any, others: int = 0, chances: Any = None) -> Decision:
+        source = pattern[next(steps) % len(pattern)]
+        repeated = (chances > 0).sum(axis=1) * (source in (TEXT, BOTH))
+        if source == BOTH:
+            repeated[::2] = 0
+        heads = int((repeated == 0).sum()) if source in (HEAD, BOTH) else 0
+        return Decision(full if heads else None, heads, repeated)
+
+    controller = runner.pacer.controller
+    controller.decide, kept = decide, controller.decide
+    controller.select, selected = lambda shape, scores, *_: np.isfinite(scores).sum(axis=1) - 1, controller.select
+    try:
+        yield
+    finally:
+        controller.decide, controller.select = kept, selected
 
 
 class Acceptance:
@@ -200,10 +257,6 @@ def compare_kv(llm: LLM, runner: Any, phase: dict[str, Any]) -> dict[str, Any]:
     """Speculates a while, then prefills the same tokens into fresh pages and compares the caches."""
     engine = llm.llm_engine
 
-    if "drafts" in phase:  # at these steps of a repeating pattern; the others draft nothing
-        steps, (*drafts, length), full = itertools.count(), phase["drafts"], runner.drafter.drafter.full
-        runner.pacer.controller.plan = lambda n, *_: (full, n) if next(steps) % length in drafts else (None, 0)
-
     def run(name: str, prompt: list[int], stop_after: int) -> tuple[dict[str, torch.Tensor], list[int]]:
         llm.reset_prefix_cache()
         params = SamplingParams(temperature=0.0, max_tokens=4096, ignore_eos=True)
@@ -278,14 +331,15 @@ def run_phases(engine: dict[str, Any], phases: list[dict[str, Any]], response: l
             phase = phase | {"requests": continued(phase["requests"], response[job][index]["requests"], room)}
         mend = sabotage(runner, phase["sabotage"]) if phase.get("sabotage") else None
         try:
-            if phase.get("kind") == "kv":
-                answers.append({"difference": compare_kv(llm, runner, phase)})
-            elif phase.get("oracle"):
-                job, index = phase["oracle"]
-                with oracle(runner, phase, response[job][index]["requests"]):
+            with drafts_from(runner, phase.get("sources")):
+                if phase.get("kind") == "kv":
+                    answers.append({"difference": compare_kv(llm, runner, phase)})
+                elif phase.get("oracle"):
+                    job, index = phase["oracle"]
+                    with oracle(runner, phase, response[job][index]["requests"]):
+                        answers.append({"requests": generate(llm, phase)})
+                else:
                     answers.append({"requests": generate(llm, phase)})
-            else:
-                answers.append({"requests": generate(llm, phase)})
         finally:
             if mend is not None:
                 mend()

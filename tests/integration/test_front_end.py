@@ -75,6 +75,7 @@ def test_flag_and_json_join() -> None:
         "top_k": 3,
         "policy": "auto",
         "adaptive": True,
+        "lookup": True,
     }
 
 
@@ -178,6 +179,11 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": ({"method": "jakiro", "nodes": 3}, r"unknown key.* nodes"),
     "unknown policy": ({"method": "jakiro", "tree": {"policy": "best"}}, r"mixture, decoupled, got 'best'"),
     "adaptive is a number": ({"method": "jakiro", "tree": {"adaptive": 1}}, r"adaptive must be true or false, got 1"),
+    "lookup is a word": ({"method": "jakiro", "tree": {"lookup": "yes"}}, r"lookup must be true or false, got 'yes'"),
+    "lookup without adapting": (
+        {"method": "jakiro", "tree": {"lookup": True, "adaptive": False}},
+        r"tree\.lookup needs trees that adapt",
+    ),
     "tree is a number": ({"method": "jakiro", "tree": 6}, r"must be an object"),
 }
 

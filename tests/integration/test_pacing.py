@@ -5,11 +5,16 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from jakiro_vllm.decode.budget import HALF_STEPS, BudgetController, Calibration, RowTimes
+from jakiro_vllm.decode.budget import HALF_STEPS, BudgetController, Decision
+from jakiro_vllm.decode.calibration import Calibration
+from jakiro_vllm.decode.costs import RowTimes, Source
 from jakiro_vllm.decode.drafter import DraftShape
+from jakiro_vllm.decode.lookup import Lookup
+from jakiro_vllm.integration import pacing
 from jakiro_vllm.integration.pacing import FIRST_STEPS, LEARN_STEPS, Pacer
 from jakiro_vllm.tree.batch import TreeBatch, chains
 from jakiro_vllm.tree.walk import Accepted
@@ -119,7 +124,7 @@ def test_a_step_counts_as_a_verification_only_if_its_rows_are_known(
 def test_later_steps_teach_now_and_then(drafted: tuple[Pacer, Recorder, TreeBatch]) -> None:
     pacer, recorder, trees = drafted
     for _ in range(FIRST_STEPS + 4 * LEARN_STEPS):
-        pacer.begin()
+        pacer.forward_ends()
         verify(pacer, trees, [[0, 1, 3], [0, 2, 0]], [2, 1])
     assert len(recorder.told) == FIRST_STEPS + 4
 
@@ -127,7 +132,7 @@ def test_later_steps_teach_now_and_then(drafted: tuple[Pacer, Recorder, TreeBatc
 def test_a_probe_teaches_whenever_it_comes(drafted: tuple[Pacer, Recorder, TreeBatch]) -> None:
     pacer, recorder, trees = drafted
     for _ in range(FIRST_STEPS + 1):
-        pacer.begin()
+        pacer.forward_ends()
     assert pacer._steps % LEARN_STEPS
     for probing in (False, True):
         recorder.probing = probing
@@ -138,3 +143,105 @@ def test_a_probe_teaches_whenever_it_comes(drafted: tuple[Pacer, Recorder, TreeB
 def test_steps_with_half_the_nodes_teach_too() -> None:
     """Whatever step they begin at, some of them fall on one that teaches."""
     assert math.gcd(HALF_STEPS, LEARN_STEPS) == 1
+
+
+# Decisions
+
+
+class Clock:
+    """A clock that is set by hand."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock()
+    monkeypatch.setattr(pacing, "time", found)
+    return found
+
+
+#: Of two requests, the first of which is in a loop.
+TEXTS = torch.tensor([[1, 2, 1, 2, 1], [1, 2, 3, 4, 5]], dtype=torch.int32)
+
+
+def decide(pacer: Pacer, room: int = 9) -> tuple[Decision, TreeBatch | None]:
+    sizes = torch.full((2,), 5)
+    return pacer.decide(["a", "b"], np.zeros(2, bool), 0, np.full(2, room), TEXTS, torch.arange(2), sizes)
+
+
+def text_only(pacer: Pacer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All tokens with any chance, and no head."""
+
+    def everything(random: Any, others: int, chances: Any) -> Decision:
+        return Decision(None, 0, (chances > 0).sum(axis=1))
+
+    monkeypatch.setattr(pacer.controller, "decide", everything)
+
+
+def test_continuations_become_chains(monkeypatch: pytest.MonkeyPatch) -> None:
+    pacer = Pacer(Recorder(), Lookup(4))
+    text_only(pacer, monkeypatch)
+    decision, found = decide(pacer)
+    assert decision.source is Source.TEXT
+    assert found is not None
+    assert found.num_nodes.tolist() == [5, 1]
+    assert found.tokens[0, 1:].tolist() == [2, 1, 2, 1]
+    assert found.parents[0].tolist() == [-1, 0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("room", [0, 1, 3])
+def test_nobody_drafts_beyond_a_requests_last_token(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    pacer = Pacer(Recorder(), Lookup(4))
+    text_only(pacer, monkeypatch)
+    decision, found = decide(pacer, room)
+    assert decision.repeated.tolist() == [room, 0]
+    assert (found is None) == (room == 0)
+
+
+def test_without_lookup_there_are_no_continuations(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder()
+    told: list[Any] = []
+    nothing = Decision(None, 0, np.zeros(2, dtype=np.int64))
+    monkeypatch.setattr(recorder, "decide", lambda random, others, chances: told.append(chances) or nothing)
+    pacer = Pacer(recorder)
+    assert decide(pacer) == (nothing, None)
+    assert told == [None]
+    pacer.followed(["a"], [[1]], np.zeros(1, bool))
+
+
+def test_a_continuation_is_not_taken_for_the_heads_tree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head drafts, then the text does: what is verified then says nothing of the head."""
+    recorder = Recorder()
+    pacer = Pacer(recorder, Lookup(3))
+    trees = tree_of([[0.0, -0.1, -2.0, -3.0], [0.0, -0.5, -0.7, -0.9]])
+    pacer.grow(["a", "b"], SHAPE, torch.tensor([False, True]), 0, lambda: trees)
+    text_only(pacer, monkeypatch)
+    _, found = decide(pacer)
+    assert found is not None
+    verify(pacer, found, [[0, 1, 2, 3], [0, 0, 0, 0]], [3, 0])
+    assert recorder.told[-1] == ([], [], [])
+
+
+def test_what_a_decision_costs_is_timed_from_it_to_the_next(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the forward and the draft; a step with a prompt in it does not count, nor two steps together."""
+    recorder = Recorder()
+    pacer = Pacer(recorder, Lookup(3))
+    text_only(pacer, monkeypatch)
+    told: list[tuple[Source, int, float]] = []
+    monkeypatch.setattr(recorder, "learn_host", lambda *what: told.append(what))
+    accepted = Accepted(torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 1), torch.zeros(2, dtype=torch.int64))
+    bare = chains(torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, dtype=torch.int64))
+    for rows, decides in ((2, True), (2, True), (None, True), (2, True), (2, False), (2, True), (2, True)):
+        clock.now += 0.25
+        pacer.forward_begins()
+        clock.now += 3.0
+        pacer.forward_ends()
+        clock.now += 0.5
+        pacer.verified(["a", "b"], bare, bare.num_nodes > 1, rows, accepted)
+        if decides:
+            decide(pacer)
+    assert told == [(Source.TEXT, 2, 0.75)] * 3
