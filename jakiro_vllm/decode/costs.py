@@ -72,9 +72,9 @@ def _rising(values: list[float]) -> list[float]:
 
 
 def about(count: int) -> int:
-    """The count, or beyond 8 the one of four numbers per octave that is next below."""
-    step = 1 << max(0, count.bit_length() - 3)
-    return count // step * step if count > 8 else count
+    """The next lower power of two, or half more than one: loads that hardly differ have it in common."""
+    step = 1 << max(0, count.bit_length() - 2)
+    return count // step * step
 
 
 class Source(IntEnum):

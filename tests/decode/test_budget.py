@@ -88,10 +88,10 @@ def test_host_times_are_medians_by_source_and_load() -> None:
         host.learn(Source.NONE, 4, seconds)
     for seconds in (5.0, 6.0, 7.0):
         host.learn(Source.HEAD, 4, seconds)
-        host.learn(Source.HEAD, 40, 10 * seconds)
+        host.learn(Source.HEAD, 32, 10 * seconds)
     assert host(Source.NONE, 4) == 2.1
     assert host(Source.HEAD, 4) == 6.0
-    assert host(Source.HEAD, 41) == 60.0  # 40 to 47 are one load
+    assert host(Source.HEAD, 47) == 60.0  # 32 to 47 are one load
 
 
 def test_what_was_never_timed_takes_as_long_as_what_is_most_like_it() -> None:

@@ -35,6 +35,7 @@ from vllm.sampling_params import StructuredOutputsParams
 
 from jakiro_vllm.cache.commit import moved_rows
 from jakiro_vllm.decode.budget import Decision
+from jakiro_vllm.tree.walk import Accepted
 
 sys.path.append(str(Path(__file__).parents[1] / "reference"))
 
@@ -81,20 +82,17 @@ def sabotage(runner: Any, what: str) -> Any:
 
         def believe(self: Any, step: Any, logits: Any) -> Any:
             accepted, logprobs = original(self, step, logits)
-            trees = step.trees
-            for b in range(trees.batch_size):
-                node = depth = 0
-                while True:
-                    children = (trees.parents[b, : trees.num_nodes[b]] == node).nonzero().flatten().tolist()
-                    child = next((n for n in children if trees.tokens[b, n] >= 0), None)
-                    if child is None:
-                        break
-                    accepted.tokens[b, depth] = trees.tokens[b, child]
-                    node, depth = child, depth + 1
-                    accepted.path[b, depth] = node
-                accepted.tokens[b, depth] = accepted.tokens[b, depth].clamp(min=0)
-                accepted.num_accepted[b] = depth
-            return accepted, logprobs
+            size = (step.trees.batch_size, self._levels(step) + 1)
+            path, tokens = torch.zeros(size, dtype=torch.int64), torch.full(size, -1)
+            for b, row in enumerate(step.trees.parents.tolist()):
+                nodes = [0]
+                while nodes[-1] in row[: step.trees.num_nodes[b]]:
+                    nodes.append(row.index(nodes[-1]))
+                drafted = step.trees.tokens[b, nodes[1:]].clamp(min=0)
+                path[b, : len(nodes)] = torch.tensor(nodes)
+                tokens[b, : len(nodes)] = torch.cat([drafted, accepted.tokens[b, :1]])
+            counts = (tokens >= 0).sum(dim=1) - 1
+            return Accepted(path, tokens, counts), logprobs
 
         cls._verify = believe
         return lambda: setattr(cls, "_verify", original)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -148,6 +149,11 @@ def test_steps_with_half_the_nodes_teach_too() -> None:
 # Decisions
 
 
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pacing, "get_tp_group", lambda: SimpleNamespace(world_size=1))
+
+
 class Clock:
     """A clock that is set by hand."""
 
@@ -245,3 +251,23 @@ def test_what_a_decision_costs_is_timed_from_it_to_the_next(clock: Clock, monkey
         if decides:
             decide(pacer)
     assert told == [(Source.TEXT, 2, 0.75)] * 3
+
+
+@pytest.mark.parametrize("shape", [None, DraftShape(3, 2)])
+def test_all_ranks_decide_as_the_first(monkeypatch: pytest.MonkeyPatch, shape: DraftShape | None) -> None:
+    """Whatever their clocks say."""
+    first = Decision(shape, 2 if shape else 0, np.array([3, 0, 0]))
+    sent: list[torch.Tensor] = []
+
+    def broadcast(numbers: torch.Tensor) -> None:
+        if sent:
+            numbers.copy_(sent[0])
+        else:
+            sent.append(numbers.clone())
+
+    group = SimpleNamespace(world_size=2, broadcast=broadcast)
+    monkeypatch.setattr(pacing, "get_tp_group", lambda: group)
+    for decision in (first, Decision(SHAPE, 1, np.array([0, 5, 1]))):
+        found = pacing.first_ranks_decision(decision)
+        assert (found.shape, found.drafting) == (first.shape, first.drafting)
+        assert found.repeated.tolist() == [3, 0, 0]
