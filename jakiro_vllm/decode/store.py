@@ -31,6 +31,7 @@ class TreeStore:
         self.uniform = uniform
         self._slots: dict[str, int] = {}
         self._tokens: dict[str, list[int]] = {}
+        self._chains: set[str] = set()
         self._free: list[int] = []
         self._trees = self._empty(0)
         self._roots: TreeBatch | None = None
@@ -39,12 +40,13 @@ class TreeStore:
         """Requests that have a tree."""
         return len(self._slots)
 
-    def put(self, request_ids: Sequence[str], trees: TreeBatch) -> list[list[int]]:
+    def put(self, request_ids: Sequence[str], trees: TreeBatch, branch: bool = True) -> list[list[int]]:
         """Stores one tree per request, replacing older ones.
 
         Args:
             request_ids: B names.
             trees: B trees of at most ``num_nodes`` columns.
+            branch: whether they may; False where all of them are known to be chains.
 
         Returns:
             Per request its draft tokens in node order, as the scheduler wants them.
@@ -57,6 +59,10 @@ class TreeStore:
         slots = upload([self._slot(name) for name in request_ids], self.device)
         for name, row in zip(request_ids, rows, strict=True):
             self._tokens[name] = row
+        if branch:
+            self._chains.difference_update(request_ids)
+        else:
+            self._chains.update(request_ids)
         for mine, new in zip(_tensors(self._trees), _tensors(trees), strict=True):
             if new.ndim == 2:
                 mine[slots, : new.shape[1]] = new
@@ -69,6 +75,7 @@ class TreeStore:
         slot = self._slots.pop(request_id, None)
         if slot is not None:
             self._tokens.pop(request_id)
+            self._chains.discard(request_id)
             self._free.append(slot)
 
     def gather(self, request_ids: Sequence[str], scheduled: Sequence[Sequence[int]]) -> TreeBatch:
@@ -106,6 +113,10 @@ class TreeStore:
             for mine, new in zip(_tensors(trees), _tensors(as_chains), strict=True):
                 mine[rows] = new
         return TreeBatch(trees.tokens, trees.parents, trees.depths, trees.ancestors, num_nodes)
+
+    def may_branch(self, request_id: str) -> bool:
+        """Whether a request's tree may be other than a chain."""
+        return request_id not in self._chains
 
     def _bare(self, batch: int) -> TreeBatch:
         """Roots alone; those of the last such batch serve again if it was as large."""

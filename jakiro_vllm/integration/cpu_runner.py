@@ -53,9 +53,9 @@ class JakiroCPUModelRunner(JakiroRunnerMixin, CPUModelRunner):
     def _attach_trees(self, step: Step | None, per_layer: dict[str, Any]) -> None:
         if step is None or step.ancestors is None or step.depths is None:
             return
-        chosen = step.has_tree.nonzero().squeeze(1)
+        chosen = step.branches.nonzero().squeeze(1)
         rows = step.ancestors.nonzero().squeeze(1)  # a tree row sees at least itself
-        only_trees = bool(step.has_tree.all())
+        only_trees = bool(step.branches.all())
         for metadata in {id(m): m for m in per_layer.values()}.values():
             jobs = make_tree_jobs(
                 metadata.block_table, chosen, step.base[chosen], step.row_starts[chosen], step.row_counts[chosen]
@@ -64,7 +64,7 @@ class JakiroCPUModelRunner(JakiroRunnerMixin, CPUModelRunner):
 
     def _verify(self, step: Step, logits: Tensor) -> tuple[Accepted, LogprobsTensors | None]:
         """Walks at once where all requests are greedy and their logits are all that matters, as vLLM samples then."""
-        if step.ancestors is None:
+        if not step.any_tree:
             return self._sample_roots(step, logits)
         metadata = self.input_batch.sampling_metadata
         if not metadata.all_greedy or not independent_of_path(metadata):

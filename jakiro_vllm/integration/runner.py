@@ -51,11 +51,13 @@ class Step:
         prefix_lens: ``[B] int64`` on the host: rows before the root.
         has_tree: ``[B] bool`` on the host: whether all rows of the request are a tree.
         any_tree: whether one of them has a tree.
+        branches: ``[B] bool`` on the host: which of the trees may branch; rows of a chain are those of a plain text.
         any_prefix: whether one of them has rows before its root.
         tree_starts: ``[B] int64`` on the device: the root's row.
         logit_starts: ``[B] int64`` on the device: the root's row among the logits.
-        ancestors: ``[T] int64`` on the device: ancestor words, 0 for rows that are in no tree; None without trees.
-        depths: ``[T] int64`` on the device: positions after the request's context; None without trees.
+        ancestors: ``[T] int64`` on the device: ancestor words, 0 for rows that are in no tree that may branch; None if
+            there is none.
+        depths: ``[T] int64`` on the device: positions after the request's context; None likewise.
         metadata: per layer, once built.
         accepted: on the device, once verified.
     """
@@ -67,6 +69,7 @@ class Step:
     prefix_lens: Tensor
     has_tree: Tensor
     any_tree: bool
+    branches: Tensor
     any_prefix: bool
     tree_starts: Tensor
     logit_starts: Tensor
@@ -164,10 +167,11 @@ class JakiroRunnerMixin:
             # Placeholder drafts (-1) that pad a request are computed like any token and never accepted.
             self.input_ids.gpu[:total].clamp_(min=0)  # type: ignore[attr-defined]
         self._step = step = self._plan_step(scheduler_output, num_scheduled_tokens)
-        if step.any_tree:
+        if step.branches.any():
             requests = self.req_indices.gpu[:total]  # type: ignore[attr-defined]
             offsets = self.query_pos.gpu[:total]  # type: ignore[attr-defined]
-            step.ancestors, step.depths = row_topology(step.trees, requests, offsets)
+            branches = upload(step.branches, self.device)
+            step.ancestors, step.depths = row_topology(step.trees, branches, requests, offsets)
             base = self.num_computed_tokens[requests]  # type: ignore[attr-defined]
             torch.add(step.depths, base, out=self.positions[:total])  # type: ignore[attr-defined]
         return result
@@ -185,6 +189,7 @@ class JakiroRunnerMixin:
         for i in prefix_lens.nonzero()[0].tolist():
             scheduled[i] = ()
         has_tree = (nodes > 1) & (prefix_lens == 0)
+        branches = np.array([self.tree_store.may_branch(name) for name in names], dtype=np.bool_) & has_tree
         row_starts = row_counts.cumsum() - row_counts
         starts = np.concatenate([row_starts + prefix_lens, nodes.cumsum() - nodes])
         tree_starts, logit_starts = upload(torch.from_numpy(starts), self.device).view(2, -1)
@@ -196,6 +201,7 @@ class JakiroRunnerMixin:
             prefix_lens=torch.from_numpy(prefix_lens),
             has_tree=torch.from_numpy(has_tree),
             any_tree=bool(has_tree.any()),
+            branches=torch.from_numpy(branches),
             any_prefix=bool(prefix_lens.any()),
             tree_starts=tree_starts,
             logit_starts=logit_starts,
@@ -329,7 +335,7 @@ class JakiroRunnerMixin:
         slots: Tensor,
     ) -> None:
         """Keeps a step's committed rows until the head is asked for a draft."""
-        if step.ancestors is None:  # one row of each request, in their order
+        if not step.any_tree:  # one row of each request, in their order
             next_tokens = torch.tensor([tokens[0] for tokens in sampled_token_ids], dtype=torch.int64)
             features, slots = hidden_states[: len(names)].clone(), slots[: len(names)].clone()
             read = RoundInput(features, next_tokens, step.base)
@@ -381,7 +387,8 @@ class JakiroRunnerMixin:
         repeats = decision.repeated > 0
         if found is not None:
             chosen = repeats.nonzero()[0].tolist()
-            kept = self.tree_store.put([wanted[row] for row in chosen], found.select(torch.tensor(chosen)))
+            chains = found.select(torch.tensor(chosen))
+            kept = self.tree_store.put([wanted[row] for row in chosen], chains, branch=False)
             for row, tokens in zip(chosen, kept, strict=True):
                 drafts[drafting[row]] = tokens
         left = [i for i, repeated in zip(drafting, repeats.tolist(), strict=True) if not repeated]

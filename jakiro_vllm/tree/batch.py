@@ -73,11 +73,12 @@ def chains(tokens: Tensor, num_nodes: Tensor) -> TreeBatch:
     )
 
 
-def row_topology(trees: TreeBatch, requests: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+def row_topology(trees: TreeBatch, branches: Tensor, requests: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     """Ancestor word and depth of every row of a step, of which some are tree nodes and some plain tokens.
 
     Args:
-        trees: of all requests; one that has only its root has no tree.
+        trees: of all requests.
+        branches: ``[B] bool`` whose rows are nodes of a tree; those of the others follow one another, as a chain does.
         requests: ``[T] int64`` the request of each row.
         offsets: ``[T] int64`` its index among the request's rows, which for a tree is the node.
 
@@ -85,7 +86,7 @@ def row_topology(trees: TreeBatch, requests: Tensor, offsets: Tensor) -> tuple[T
         ``(ancestors [T] int64, depths [T] int64)``: words of tree rows, 0 for others; positions after the
         request's context.
     """
-    in_tree = (trees.num_nodes > 1)[requests]
+    in_tree = branches[requests]
     nodes = offsets.clamp(max=trees.width - 1)
     ancestors = trees.ancestors[requests, nodes].where(in_tree, 0)
     return ancestors, trees.depths[requests, nodes].where(in_tree, offsets)

@@ -192,3 +192,18 @@ def test_a_full_tree_of_64_nodes(rng: random.Random) -> None:
     assert torch.equal(found.ancestors, make_batch([(parents, tokens)]).ancestors)
     strange = [9] * 63
     assert int(store.gather(["a"], [strange]).ancestors[0, 63]) == -1
+
+
+def test_a_chain_is_known_as_one_until_another_tree_takes_its_place(store: TreeStore) -> None:
+    tree, chain = make_batch([([-1, 0, 0], [4, 5, 6])]), make_batch([([-1, 0, 1], [4, 5, 6])])
+    store.put(["a"], tree)
+    assert store.may_branch("a")
+    assert store.may_branch("unknown")
+    store.put(["a"], chain, branch=False)
+    assert not store.may_branch("a")
+    assert_trees(store.gather(["a"], [[5, 6]]), [([-1, 0, 1], [4, 5, 6])])
+    store.put(["a"], tree)
+    assert store.may_branch("a")
+    store.put(["a"], chain, branch=False)
+    store.discard("a")
+    assert store.may_branch("a")

@@ -241,7 +241,7 @@ class Runner(JakiroCPUModelRunner):
     def __init__(self, given: SamplingMetadata, sampler: Any) -> None:
         requests = len(given.top_p) if given.top_p is not None else 0
         self.input_batch = SimpleNamespace(sampling_metadata=given)
-        self.drafter = SimpleNamespace(tree_config=SimpleNamespace(depth=DEPTH))
+        self.drafter = SimpleNamespace(tree_config=SimpleNamespace(levels=DEPTH))
         self.sampler = sampler
         self.discard_request_mask = SimpleNamespace(np=np.zeros(requests, dtype=bool))
 
@@ -250,7 +250,7 @@ def step_of(trees: Any, starts: torch.Tensor) -> Step:
     none, has_tree = torch.zeros_like(starts), trees.num_nodes > 1
     any_tree = bool(has_tree.any())
     words = none if any_tree else None
-    return Step(trees, none, none, none, none, has_tree, any_tree, False, none, starts, ancestors=words)
+    return Step(trees, none, none, none, none, has_tree, any_tree, has_tree, False, none, starts, ancestors=words)
 
 
 def test_a_greedy_walk_is_that_of_the_levels(rng: random.Random, sampler: Sampler) -> None:
@@ -279,7 +279,7 @@ def test_a_greedy_walk_is_that_of_the_levels(rng: random.Random, sampler: Sample
 )
 def test_other_batches_are_walked_by_levels(given: SamplingMetadata, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Runner, "_walk_by_levels", lambda self, step, logits: "by levels")
-    step = SimpleNamespace(ancestors=torch.zeros(1))
+    step = SimpleNamespace(any_tree=True)
     assert Runner(given, None)._verify(step, None) == "by levels"
 
 

@@ -38,17 +38,18 @@ def test_select(rng: random.Random) -> None:
 
 
 def test_rows_of_a_step(rng: random.Random) -> None:
-    """A prompt chunk, a tree, plain decoding, and a tree cut short: words and depths of trees, else the row's index."""
-    described = [(random_parents("random", n, rng), range(n)) for n in (1, 9, 1, 12)]
+    """A prompt chunk, a tree, plain decoding, a tree cut short, a chain: words and depths of trees, else the index."""
+    described = [(random_parents("random", n, rng), range(n)) for n in (1, 9, 1, 12, 3)]
     described[3] = (described[3][0][:5], range(5))
+    described[4] = ([-1, 0, 1], range(3))
     trees = make_batch(described, width=12)
-    counts = [20, 9, 1, 5]
+    counts = [20, 9, 1, 5, 3]
+    branches = [False, True, False, True, False]
     requests = torch.tensor([r for r, count in enumerate(counts) for _ in range(count)])
     offsets = torch.tensor([i for count in counts for i in range(count)])
-    ancestors, depths = row_topology(trees, requests, offsets)
+    ancestors, depths = row_topology(trees, torch.tensor(branches), requests, offsets)
     expected_words, expected_depths = [], []
-    for (parents, _), count in zip(described, counts, strict=True):
-        is_tree = len(parents) > 1
+    for (parents, _), count, is_tree in zip(described, counts, branches, strict=True):
         expected_words += [ancestor_word(i, parents) if is_tree else 0 for i in range(count)]
         expected_depths += depths_of(parents) if is_tree else range(count)
     assert ancestors.tolist() == expected_words
