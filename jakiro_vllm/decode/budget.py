@@ -282,10 +282,11 @@ class BudgetController:
     def _planned(self, kinds: tuple[int, int], others: int) -> _Plan:
         """The plan for so many greedy requests and so many that sample, which holds for some steps.
 
-        Loads that hardly differ share one: finding it takes as long as a step of a small target.
+        Loads that hardly differ share one, since finding it takes as long as a step of a small target: they do if a few
+        other requests share their steps, too.
         """
         drafting = sum(kinds)
-        load = about(drafting), about(others), about(kinds[1])
+        load = about(drafting), about(others) if 2 * others >= drafting else 0, about(kinds[1])
         plan = self._plans.get(load)
         if plan is None or plan.until <= self._steps:
             shape, gain, nodes, tokens = self._best_shape(kinds, others)
@@ -368,13 +369,16 @@ class BudgetController:
         )
         weights = np.repeat(each, [len(tree.scores) for tree in trees])
         chances = self.calibration(scores, sorts)
+        least = float(self.verify(rows)) + self.host(Source.HEAD, rows)
         for shape in self.shapes:
             inside = (depths <= shape.levels) & (breadths < shape.width)
+            seconds = self._draft_seconds(shape, drafting)
+            if rows + float(chances[inside] @ weights[inside]) <= highest * (least + seconds):
+                continue  # not even if its nodes were free
             wins = self._last_level_wins(shape, chances * weights, depths)
             won = chances[inside] * np.where(depths[inside] == shape.levels, wins, 1.0)
             order = np.argsort(-won)
             won, weighs = won[order], weights[inside][order]
-            seconds = self._draft_seconds(shape, drafting)
             count, rate = self._best_count(won, weighs, drafting, others, seconds, Source.HEAD)
             if count and rate > highest:
                 highest = rate
