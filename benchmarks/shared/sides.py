@@ -34,7 +34,8 @@ LABELS = {
     "eagle-long": "vLLM, long EAGLE chain",
     "chain": "ours, chain",
     "tree": "ours, fixed tree",
-    "adaptive": "ours, adaptive tree",
+    "head": "ours, adaptive, by the head only",
+    "adaptive": "ours, adaptive",
 }
 #: Sides that need nothing of ours.
 STOCK = ("plain", "ngram", "eagle", "eagle-long")
@@ -64,12 +65,13 @@ def speculation(head: str, dense_head: str | None) -> dict[str, dict[str, Any] |
         "eagle-long": eagle | {"num_speculative_tokens": LONG_CHAIN},
         "chain": ours | {"num_speculative_tokens": CHAIN, "tree": {"depth": CHAIN, "top_k": 1, "adaptive": False}},
         "tree": trees | {"tree": {"depth": DEPTH, "top_k": TOP_K, "adaptive": False}},
-        "adaptive": trees | {"tree": {"top_k": TOP_K, "adaptive": True}},  # as deep as pays
+        "head": trees | {"tree": {"top_k": TOP_K, "adaptive": True, "lookup": False}},  # as deep as pays
+        "adaptive": trees | {"tree": {"top_k": TOP_K, "adaptive": True}},
     }
     if dense_head is None:
         del found["eagle"], found["eagle-long"]
     if torch.cuda.is_available():  # where trees do not adapt yet
-        del found["adaptive"]
+        del found["head"], found["adaptive"]
     return found
 
 
@@ -110,6 +112,7 @@ def chosen_sides(args: argparse.Namespace, parser: argparse.ArgumentParser) -> d
     needs = {
         "eagle": "--dense-head, a head that jakiro-vllm trained with variant 'dense'",
         "eagle-long": "--dense-head, a head that jakiro-vllm trained with variant 'dense'",
+        "head": "vLLM's CPU build",
         "adaptive": "vLLM's CPU build",
     }
     for name in set(args.sides or ()) - set(possible):
