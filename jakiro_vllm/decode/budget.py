@@ -29,9 +29,9 @@ from jakiro_vllm.decode.calibration import Calibration
 from jakiro_vllm.decode.costs import Bools, Floats, HostTimes, Integers, RowTimes, Source, about
 from jakiro_vllm.decode.drafter import DraftShape
 
-#: What each kind of probe may take of the time, and the fewest and most steps between them: drafts of the full shape
-#: where less is planned, of which one tree is verified whole, so that its worth stays known; and steps without a draft
-#: where one is planned, so that their cost does, the more often the less a draft gains.
+#: What each kind of probe may lose of the time, and the fewest and most steps between them: drafts of the full shape
+#: where another is best, of which one tree is verified whole, so that its worth stays known; and steps without a draft
+#: where the head's is best, so that their cost does, the more often the less a draft gains.
 PROBE_SHARE, PROBE_STEPS = 0.01, (8, 512)
 #: Steps between those that verify only half of what seems best: around a best number of rows rates hardly differ, and
 #: it is found only if times on both sides of it are known.
@@ -70,22 +70,14 @@ class _Remembered:
         return breadths
 
 
-def _spaced(cost: float) -> int:
-    """Steps between probes that cost so many steps each."""
-    fewest, most = PROBE_STEPS
-    return min(max(fewest, math.ceil(cost / PROBE_SHARE)), most)
-
-
 @dataclass(frozen=True)
 class _Plan:
-    """The head's best draft for a load, what each of its trees wins and takes, and until which step that holds."""
+    """The head's best draft for a load, what each of its trees takes and wins, and until which step that holds."""
 
     until: int
     shape: DraftShape | None
-    steps_between_probes: int
-    steps_between_plain: int
-    tokens: float
     nodes: float
+    tokens: float
 
 
 @dataclass(frozen=True)
@@ -96,11 +88,13 @@ class Decision:
         shape: of the head's draft; None for none.
         drafting: the head drafts for the first so many of the requests that do not repeat themselves.
         repeated: ``[B] int64`` tokens that each request takes of its text's continuation, 0 for none.
+        wins: tokens that the continuations are expected to win.
     """
 
     shape: DraftShape | None
     drafting: int
     repeated: Integers
+    wins: float = 0.0
 
     @property
     def source(self) -> Source:
@@ -108,6 +102,20 @@ class Decision:
         if self.shape is not None:
             return Source.HEAD
         return Source.TEXT if self.repeated.any() else Source.NONE
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """A decision, and what its step is expected to emit and to take."""
+
+    decision: Decision
+    tokens: float
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second."""
+        return self.tokens / self.seconds
 
 
 class BudgetController:
@@ -137,11 +145,10 @@ class BudgetController:
         #: Of greedy requests and of those that sample, whose trees are as different as their chances.
         self._trees: tuple[deque[_Remembered], ...] = (deque(maxlen=REMEMBERED_TREES), deque(maxlen=REMEMBERED_TREES))
         self._plans: dict[tuple[int, int, int], _Plan] = {}
-        self._steps = self._since_probe = self._since_plain = 0
+        self._steps = self._since_full = self._since_plain = 0
         self._plain = FIRST_PLAIN
         #: Whether what was planned last is there to teach.
         self.probing = False
-        self._settled = False
 
     # What is learnt
 
@@ -187,65 +194,29 @@ class BudgetController:
             others: rows of other requests in the next step.
             chances: ``[B, W]`` that the target reaches each token of a request's continuation; None if none is known.
         """
-        drafting = len(random)
-        shape, count = self.plan(drafting, others, int(random.sum()))
-        nothing = np.zeros(drafting, dtype=np.int64)
-        if chances is None or not self._settled or not chances.any():
-            return Decision(shape, count, nothing)
-        rows = drafting + others
-        repeated, wins, rate = self._best_repeats(chances, others)
-        if shape is None:
-            least = LEAST_GAIN * self._rate(rows, rows, rows, 0.0, Source.NONE)
-            return Decision(None, 0, repeated if rate > least else nothing)
-        plan = self._planned((int((~random).sum()), int(random.sum())), others)
-        best, highest = Decision(shape, count, nothing), self._head_rate(plan, drafting, rows, 0.0, 0)
-        if rate > highest:
-            best, highest = Decision(None, 0, repeated), rate
-        # And some by the head: those whose continuations promise less than its trees do.
-        less = wins < plan.tokens
-        fewer = int(less.sum())
-        if 0 < fewer < drafting:
-            plan = self._planned((int((less & ~random).sum()), int((less & random).sum())), rows - fewer)
-            left = np.where(less, 0, repeated)
-            if self._head_rate(plan, fewer, rows, float(wins[~less].sum()), int(left.sum())) > highest:
-                best = Decision(plan.shape, fewer, left)
-        return best
-
-    def plan(self, drafting: int, others: int = 0, random: int = 0) -> tuple[DraftShape | None, int]:
-        """The shape of the head's next draft, if all drafts are the head's.
-
-        Args:
-            drafting: requests that could have a tree.
-            others: rows of other requests in the next step.
-            random: how many of those that could have a tree sample.
-
-        Returns:
-            ``(shape or None for no draft, how many of the requests draft)``.
-        """
-        self.probing = self._settled = False
-        kinds = drafting - random, random
+        self.probing = False
+        drafting, sampling = len(random), int(random.sum())
+        kinds, nothing = (drafting - sampling, sampling), np.zeros(drafting, dtype=np.int64)
         if any(count and len(trees) < FIRST_TREES for count, trees in zip(kinds, self._trees, strict=True)):
-            return self.full, drafting if all(kinds) else min(drafting, FIRST_TREES)
+            return Decision(self.full, drafting if all(kinds) else min(drafting, FIRST_TREES), nothing)
         if self._plain:
             self._plain -= 1
-            return None, 0
-        plan = self._planned(kinds, others)
+            return Decision(None, 0, nothing)
         self._steps += 1
-        self._since_probe += 1
-        self._since_plain += 1
-        if plan.shape is not None and self._since_plain >= plan.steps_between_plain:
-            self._since_plain = 0
-            self.probing = True
-            return None, 0
-        if plan.shape != self.full and self._since_probe >= plan.steps_between_probes:
-            self._since_probe = 0
-            self.probing = True
-            return self.full, 1 if plan.shape is None else drafting
-        self._settled = True
-        return plan.shape, drafting if plan.shape else 0
+        best = self._best(random, kinds, others, chances)
+        probe = self._probe(best, drafting + others)
+        self.probing = probe is not None
+        return probe or best.decision
 
     def select(
-        self, shape: DraftShape, scores: Floats, depths: Integers, parents: Integers, random: Bools, others: int = 0
+        self,
+        shape: DraftShape,
+        scores: Floats,
+        depths: Integers,
+        parents: Integers,
+        random: Bools,
+        others: int = 0,
+        beside: tuple[int, float] = (0, 0.0),
     ) -> Integers:
         """How many nodes each tree keeps, its best ones; B trees, all requests that are about to be verified.
 
@@ -255,7 +226,8 @@ class BudgetController:
             depths: ``[B, N]``.
             parents: ``[B, N]``, -1 for the root.
             random: ``[B]`` whether the request samples.
-            others: rows of other requests in the next step.
+            others: rows of other requests in the next step, drafts not counted.
+            beside: how many drafts those have, and the tokens that they are expected to win.
 
         Returns:
             ``[B]`` draft nodes to keep, roots not counted.
@@ -268,7 +240,7 @@ class BudgetController:
         order = np.argsort(-chances, axis=None, kind="stable")
         order = order[chances.ravel()[order] > 0]
         ordered, seconds = chances.ravel()[order], self._draft_seconds(shape, batch)
-        best, _ = self._best_count(ordered, np.ones(len(ordered)), batch, others, seconds, Source.HEAD)
+        best, _ = self._best_count(ordered, np.ones(len(ordered)), batch + others, seconds, Source.HEAD, beside)
         if self._steps % HALF_STEPS == HALF_STEPS // 2:
             best //= 2
         kept = np.zeros(chances.size, dtype=bool)
@@ -278,6 +250,89 @@ class BudgetController:
         return kept.reshape(chances.shape).sum(axis=1)
 
     # How
+
+    def _best(self, random: Bools, kinds: tuple[int, int], others: int, chances: Floats | None) -> _Choice:
+        """What makes most tokens per second, if it is enough more than a step without drafts does."""
+        drafting = len(random)
+        requests, nothing = drafting + others, np.zeros(drafting, dtype=np.int64)
+        plain = _Choice(Decision(None, 0, nothing), requests, self._plain_seconds(requests))
+        choices = [plain]
+        plan = self._planned(kinds, others)
+        if plan.shape is not None:
+            choices.append(self._by_head(plan, drafting, requests, nothing, 0.0))
+        if chances is not None and chances.any():
+            text, wins = self._by_text(chances, requests)
+            choices.append(text)
+            # Where the head is worth its while: it for those whose continuations promise less than its trees do.
+            less = wins < plan.tokens
+            fewer = int(less.sum())
+            if 0 < fewer < drafting:
+                some = self._planned((int((less & ~random).sum()), int((less & random).sum())), requests - fewer)
+                if some.shape is not None:
+                    left = np.where(less, 0, text.decision.repeated)
+                    choices.append(self._by_head(some, fewer, requests, left, float(wins[~less].sum())))
+        best = max(choices, key=lambda choice: choice.rate)
+        return best if best.rate > LEAST_GAIN * plain.rate else plain
+
+    def _plain_seconds(self, requests: int) -> float:
+        return float(self.verify(requests)) + self.host(Source.NONE, requests)
+
+    def _by_head(self, plan: _Plan, drafting: int, requests: int, repeated: Integers, wins: float) -> _Choice:
+        """The head drafts so for some, and continuations of the others win so many tokens."""
+        assert plan.shape is not None
+        rows = requests + int(repeated.sum()) + drafting * plan.nodes
+        seconds = float(self.verify(rows)) + self._draft_seconds(plan.shape, drafting)
+        tokens = requests + wins + drafting * plan.tokens
+        decision = Decision(plan.shape, drafting, repeated, wins)
+        return _Choice(decision, tokens, seconds + self.host(Source.HEAD, requests))
+
+    def _by_text(self, chances: Floats, requests: int) -> tuple[_Choice, Floats]:
+        """The best continuations alone, and what each of them wins ``[B]``."""
+        order = np.argsort(-chances, axis=None, kind="stable")
+        ordered = chances.ravel()[order]
+        best, _ = self._best_count(ordered, np.ones(len(ordered)), requests, 0.0, Source.TEXT)
+        if self._steps % HALF_STEPS == HALF_STEPS // 2:
+            best = -(-best // 2)
+        chosen = np.zeros(chances.size, dtype=bool)
+        chosen[order[:best]] = True
+        kept = (chosen & (chances.ravel() > 0)).reshape(chances.shape)
+        repeated, wins = kept.sum(axis=1), np.where(kept, chances, 0.0).sum(axis=1)
+        won = float(wins.sum())
+        seconds = float(self.verify(requests + int(repeated.sum()))) + self.host(Source.TEXT, requests)
+        return _Choice(Decision(None, 0, repeated, won), requests + won, seconds), wins
+
+    def _probe(self, best: _Choice, requests: int) -> Decision | None:
+        """What is tried instead of what is best, if it is time for that."""
+        decision = best.decision
+        self._since_plain = 0 if decision.source is Source.NONE else self._since_plain + 1
+        self._since_full = 0 if decision.shape == self.full else self._since_full + 1
+        # Where a continuation is best, a step without drafts is no rival.
+        if decision.source is Source.HEAD and self._since_plain >= PROBE_STEPS[0]:
+            lost = self._plain_seconds(requests) - requests / best.rate
+            if self._since_plain >= self._spaced(lost / best.seconds):
+                self._since_plain = 0
+                return Decision(None, 0, np.zeros_like(decision.repeated))
+        if self._since_full >= PROBE_STEPS[0]:
+            repeated, count = decision.repeated.copy(), decision.drafting
+            lost = 0.0
+            if decision.shape is None:  # of one request, which its continuation must go without
+                one, count = int(repeated.argmin()), 1
+                lost += float(repeated[one]) / best.rate
+                repeated[one] = 0
+            else:
+                lost -= self._draft_seconds(decision.shape, count)
+            nodes = max(len(tree.scores) for trees in self._trees for tree in trees)
+            lost += self._draft_seconds(self.full, count)
+            lost += float(self.verify(requests + nodes) - self.verify(requests))
+            if self._since_full >= self._spaced(lost / best.seconds):
+                self._since_full = 0
+                return Decision(self.full, count, repeated, decision.wins)
+        return None
+
+    def _spaced(self, lost: float) -> int:
+        """Steps between probes that lose so many steps each."""
+        fewest, most = PROBE_STEPS
+        return min(max(fewest, math.ceil(lost / PROBE_SHARE)), most)
 
     def _planned(self, kinds: tuple[int, int], others: int) -> _Plan:
         """The plan for so many greedy requests and so many that sample, which holds for some steps.
@@ -289,78 +344,45 @@ class BudgetController:
         load = about(drafting), about(others) if 2 * others >= drafting else 0, about(kinds[1])
         plan = self._plans.get(load)
         if plan is None or plan.until <= self._steps:
-            shape, gain, nodes, tokens = self._best_shape(kinds, others)
-            probes = self._steps_between_probes(shape, drafting, others)
-            each = tokens / drafting, nodes / drafting
-            plan = self._plans[load] = _Plan(self._steps + PLAN_STEPS, shape, probes, _spaced(1 - 1 / gain), *each)
+            shape, nodes, tokens = self._best_shape(kinds, others)
+            plan = _Plan(self._steps + PLAN_STEPS, shape, nodes / drafting, tokens / drafting)
+            self._plans[load] = plan
         return plan
-
-    def _best_repeats(self, chances: Floats, others: int) -> tuple[Integers, Floats, float]:
-        """``(tokens of each continuation [B], what they win [B], tokens per second)`` if the head drafts nothing."""
-        order = np.argsort(-chances, axis=None, kind="stable")
-        ordered = chances.ravel()[order]
-        best, rate = self._best_count(ordered, np.ones(len(ordered)), len(chances), others, 0.0, Source.TEXT)
-        if self._steps % HALF_STEPS == HALF_STEPS // 2:
-            best = -(-best // 2)
-        chosen = np.zeros(chances.size, dtype=bool)
-        chosen[order[:best]] = True
-        kept = (chosen & (chances.ravel() > 0)).reshape(chances.shape)
-        return kept.sum(axis=1), np.where(kept, chances, 0.0).sum(axis=1), rate
-
-    def _head_rate(self, plan: _Plan, drafting: int, requests: int, tokens: float, nodes: int) -> float:
-        """Tokens per second if the head drafts so, beside other drafts of so many nodes that win so many tokens."""
-        if plan.shape is None:
-            return 0.0
-        won, rows = requests + tokens + drafting * plan.tokens, requests + nodes + drafting * plan.nodes
-        return self._rate(won, rows, requests, self._draft_seconds(plan.shape, drafting), Source.HEAD)
-
-    def _rate(self, tokens: float, rows: float, requests: int, draft: float, source: Source) -> float:
-        return tokens / (float(self.verify(rows)) + draft + self.host(source, requests))
-
-    def _steps_between_probes(self, shape: DraftShape | None, drafting: int, others: int) -> int:
-        """So many that what probes take beyond what is planned stays within their share of the time."""
-        probed = 1 if shape is None else drafting
-        nodes = max(len(tree.scores) for trees in self._trees for tree in trees)
-        source = Source.NONE if shape is None else Source.HEAD
-        planned = float(self.verify(drafting + others)) + self.host(source, drafting + others)
-        drafted = 0.0 if shape is None else self._draft_seconds(shape, drafting)
-        more = self._draft_seconds(self.full, probed) - drafted
-        more += float(self.verify(drafting + others + nodes) - self.verify(drafting + others))
-        return _spaced(more / (planned + drafted))
 
     def _draft_seconds(self, shape: DraftShape, batch: int) -> float:
         return self.forwards(shape.levels) * float(self.draft(batch * shape.width))
 
     def _best_count(
-        self, chances: Floats, weights: Floats, batch: int, others: int, draft: float, source: Source
+        self,
+        chances: Floats,
+        weights: Floats,
+        requests: int,
+        draft: float,
+        source: Source,
+        beside: tuple[int, float] = (0, 0.0),
     ) -> tuple[int, float]:
         """``(nodes, tokens per second)`` where the rate is highest.
 
         Args:
             chances: ``[M]`` of nodes, descending.
             weights: ``[M]`` nodes of the next step that each of them stands for.
-            batch: requests that draft.
-            others: rows beside theirs.
+            requests: in the next step.
             draft: seconds of the draft.
             source: of the drafts.
+            beside: other drafts in the next step, and the tokens that they win.
         """
         counts = np.concatenate([[0.0], weights.cumsum()])
-        tokens = batch + others + np.concatenate([[0.0], (chances * weights).cumsum()])
-        rates = tokens / (self.verify(batch + others + counts) + draft + self.host(source, batch + others))
+        tokens = requests + beside[1] + np.concatenate([[0.0], (chances * weights).cumsum()])
+        rates = tokens / (self.verify(requests + beside[0] + counts) + draft + self.host(source, requests))
         best = int(rates.argmax())
         return best, float(rates[best])
 
-    def _best_shape(self, kinds: tuple[int, int], others: int) -> tuple[DraftShape | None, float, float, float]:
-        """For so many greedy requests and so many that sample.
-
-        Returns:
-            ``(shape, how many times the rate without a draft it makes, its trees' nodes, the tokens that they win)``.
-        """
+    def _best_shape(self, kinds: tuple[int, int], others: int) -> tuple[DraftShape | None, float, float]:
+        """``(shape, its nodes, the tokens that they win)`` for so many greedy requests and so many that sample."""
         drafting = sum(kinds)
-        rows = drafting + others
-        plain = self._rate(rows, rows, rows, 0.0, Source.NONE)
+        requests = drafting + others
         best: tuple[DraftShape | None, float, float] = (None, 0.0, 0.0)
-        highest = LEAST_GAIN * plain
+        highest = LEAST_GAIN * requests / self._plain_seconds(requests)
         trees = [tree for count, some in zip(kinds, self._trees, strict=True) if count for tree in some]
         each = [count / len(some) for count, some in zip(kinds, self._trees, strict=True) if count for _ in some]
         scores, depths, breadths, sorts = (
@@ -369,22 +391,21 @@ class BudgetController:
         )
         weights = np.repeat(each, [len(tree.scores) for tree in trees])
         chances = self.calibration(scores, sorts)
-        least = float(self.verify(rows)) + self.host(Source.HEAD, rows)
+        least = float(self.verify(requests)) + self.host(Source.HEAD, requests)
         for shape in self.shapes:
             inside = (depths <= shape.levels) & (breadths < shape.width)
             seconds = self._draft_seconds(shape, drafting)
-            if rows + float(chances[inside] @ weights[inside]) <= highest * (least + seconds):
+            if requests + float(chances[inside] @ weights[inside]) <= highest * (least + seconds):
                 continue  # not even if its nodes were free
             wins = self._last_level_wins(shape, chances * weights, depths)
             won = chances[inside] * np.where(depths[inside] == shape.levels, wins, 1.0)
             order = np.argsort(-won)
             won, weighs = won[order], weights[inside][order]
-            count, rate = self._best_count(won, weighs, drafting, others, seconds, Source.HEAD)
+            count, rate = self._best_count(won, weighs, requests, seconds, Source.HEAD)
             if count and rate > highest:
                 highest = rate
                 best = shape, float(weighs[:count].sum()), float((won * weighs)[:count].sum())
-        chosen, nodes, tokens = best
-        return chosen, highest / plain, nodes, tokens
+        return best
 
     def _last_level_wins(self, shape: DraftShape, chances: Floats, depths: Integers) -> float:
         """What a draft's last level wins of what the same level does in a full draft.

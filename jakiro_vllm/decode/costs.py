@@ -88,28 +88,38 @@ class Source(IntEnum):
 class HostTimes:
     """Seconds of a step outside the target's forward and the draft, by the drafts' source and the number of requests.
 
-    Medians of the latest, since servers wait. What was never measured takes as long as what is most like it.
+    Medians of the latest, since servers wait. What was not measured lately takes as long as what is most like it, so
+    that nothing stays out of the question because it once took long.
     """
 
-    LATEST = 33
+    #: Measurements that count, and steps after which they are forgotten.
+    LATEST, LATELY = 33, 1024
+    #: How unlike two sources are, in octaves of requests: drafts are more like each other than like none.
+    UNLIKE = ((0.0, 2.0, 2.0), (2.0, 0.0, 1.0), (2.0, 1.0, 0.0))
 
     def __init__(self) -> None:
-        self._seen: dict[Source, dict[int, deque[float]]] = {source: {} for source in Source}
-        self._medians: dict[tuple[Source, int], float] = {}
+        self._seen: dict[tuple[Source, int], deque[float]] = {}
+        self._latest: dict[tuple[Source, int], int] = {}
+        self._steps = 0
+        self._found: dict[tuple[Source, int], float] = {}
 
     def learn(self, source: Source, requests: int, seconds: float) -> None:
         """Takes a measurement."""
-        self._seen[source].setdefault(about(requests), deque(maxlen=self.LATEST)).append(seconds)
-        self._medians.clear()
+        key = source, about(requests)
+        self._steps += 1
+        self._seen.setdefault(key, deque(maxlen=self.LATEST)).append(seconds)
+        self._latest[key] = self._steps
+        self._found.clear()
 
     def __call__(self, source: Source, requests: int) -> float:
         """Seconds for so many requests; 0 if nothing was ever measured."""
-        load = about(requests)
-        found = self._medians.get((source, load))
+        key = source, about(requests)
+        found = self._found.get(key)
         if found is None:
-            # A step without drafts is no guide to others; they are to each other, and to it for want of a better.
-            others = (Source.HEAD, Source.TEXT, Source.NONE)
-            seen = next((self._seen[x] for x in (source, *others) if self._seen[x]), {})
-            nearest = min(seen, key=lambda known: (abs(math.log(known / load)), known), default=0)
-            found = self._medians[source, load] = statistics.median(seen[nearest]) if seen else 0.0
+            known = [other for other, step in self._latest.items() if self._steps - step < self.LATELY]
+            like = min(known, key=lambda other: self._unlike(key, other), default=None)
+            found = self._found[key] = 0.0 if like is None else statistics.median(self._seen[like])
         return found
+
+    def _unlike(self, one: tuple[Source, int], other: tuple[Source, int]) -> float:
+        return self.UNLIKE[one[0]][other[0]] + abs(math.log2(one[1] / other[1]))

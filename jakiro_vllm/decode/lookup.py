@@ -6,7 +6,7 @@ learnt for greedy requests and for those that sample, by m. A chain's j-th token
 
     P(j | m) = prod_{i < j} P(agrees | m + i agreed)
 
-At first that is what Laplace's rule of succession says after m successes, m / (m + 1), so P(j | m) = m / (m + j).
+At first that is m / (m + 1), with m the least of its class: a rule of succession.
 
 B requests, W tokens of a chain.
 """
@@ -30,7 +30,7 @@ CLASSES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 class Lookup:
     """Finds continuations, and learns from what really followed how likely they are, drafted or not."""
 
-    #: What the rule of succession counts for, in tokens.
+    #: What the first guess counts for, in tokens.
     PRIOR = 4.0
     #: Of the counts, what one step leaves.
     FADE = 0.998

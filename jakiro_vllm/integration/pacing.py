@@ -59,7 +59,7 @@ class Pacer:
         self._before: tuple[Decision, int] | None = None
 
     def forward_begins(self) -> None:
-        """All inputs of the target are there."""
+        """The attention metadata is there, the last of the forward's inputs that takes long."""
         self._began = time.perf_counter()
 
     def forward_ends(self) -> None:
@@ -133,8 +133,8 @@ class Pacer:
             lengths: ``[B] int64`` its tokens.
 
         Returns:
-            ``(decision, the continuations' chains [B, 1 + W], None if none was looked for)``; the first rank's on every
-            rank, since all must launch the same.
+            ``(decision, the continuations' chains [B, 1 + W], None if none is to be verified)``; the first rank's on
+            every rank, since all must launch the same.
         """
         now = time.perf_counter()
         if self._before is not None:
@@ -162,9 +162,17 @@ class Pacer:
             self.lookup.followed(names, emitted, random)
 
     def grow(
-        self, names: Sequence[str], shape: DraftShape, random: Tensor, others: int, draft: Callable[[], TreeBatch]
+        self, names: Sequence[str], shape: DraftShape, random: Bools, others: int, draft: Callable[[], TreeBatch]
     ) -> TreeBatch:
-        """Times a draft, and keeps of its trees what is worth verifying."""
+        """Times a draft, and keeps of its trees what is worth verifying.
+
+        Args:
+            names: of the B requests that the head drafts for.
+            shape: of the draft.
+            random: ``[B]`` whether they sample.
+            others: other requests in the next step.
+            draft: grows the trees.
+        """
         started = time.perf_counter()
         trees = draft()
         self._drafted = time.perf_counter() - started
@@ -172,8 +180,9 @@ class Pacer:
             self.controller.learn_draft(shape, trees.batch_size, self._drafted)
         assert trees.scores is not None
         scores, depths = trees.scores.numpy().astype(np.float64), trees.depths.numpy()
-        kept = self.controller.select(shape, scores, depths, trees.parents.numpy(), random.numpy(), others)
-        kinds = self.controller.kinds(shape, depths, random.numpy()[:, None])
+        beside = (int(self._next[0].repeated.sum()), self._next[0].wins) if self._next else (0, 0.0)
+        kept = self.controller.select(shape, scores, depths, trees.parents.numpy(), random, others, beside)
+        kinds = self.controller.kinds(shape, depths, random[:, None])
         self._drafts.update(zip(names, zip(scores, kinds, strict=True), strict=True))
         return replace(trees, num_nodes=torch.from_numpy(kept) + 1)
 
@@ -198,12 +207,12 @@ def first_ranks_numbers(numbers: list[float]) -> list[float]:
 def first_ranks_decision(decision: Decision) -> Decision:
     """The first tensor-parallel rank's, on every rank: each knows how many requests there are."""
     levels, width = (decision.shape.levels, decision.shape.width) if decision.shape else (0, 0)
-    told = [levels, width, decision.drafting, *decision.repeated.tolist()]
+    told = [levels, width, decision.drafting, decision.wins, *decision.repeated.tolist()]
     found = first_ranks_numbers(told)
     if found is told:
         return decision
-    levels, width, drafting, *repeated = map(int, found)
-    return Decision(DraftShape(levels, width) if levels else None, drafting, np.array(repeated, dtype=np.int64))
+    (levels, width, drafting), wins, repeated = map(int, found[:3]), found[3], np.array(found[4:], dtype=np.int64)
+    return Decision(DraftShape(levels, width) if levels else None, drafting, repeated, wins)
 
 
 def fastest(run: Callable[[], object]) -> float:

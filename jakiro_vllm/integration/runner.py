@@ -139,7 +139,7 @@ class JakiroRunnerMixin:
         """As vLLM's; then every layer is checked, and budgets are told that logits have one row per request."""
         super().initialize_kv_cache(*args, **kwargs)  # type: ignore[misc]
         self.backlog = Backlog()
-        check_layers(self.vllm_config, self.drafter.tree_config.levels, self.tree_backend)  # type: ignore[attr-defined]
+        check_layers(self.vllm_config, self.drafter.tree_config.depth, self.tree_backend)  # type: ignore[attr-defined]
         holder = self.input_batch.thinking_budget_state_holder
         if holder is not None:
             holder.in_spec_mode = False
@@ -310,9 +310,7 @@ class JakiroRunnerMixin:
             if self.pacer is None:
                 trees = self._grow(roots, cache, shape)
             else:
-                # Rows of the next step that are not theirs.
-                others = sum(1 + len(tokens) for tokens in drafts) - len(growing)
-                random = torch.from_numpy(self._random(growing))
+                random, others = self._random(growing), len(names) - len(growing)
                 trees = self.pacer.grow(growing, shape, random, others, lambda: self._grow(roots, cache, shape))
             trees = first_ranks(trees)
             for i, tokens in zip(drafting, self.tree_store.put(growing, trees), strict=True):
@@ -371,9 +369,9 @@ class JakiroRunnerMixin:
         if not drafting:
             return drafting, full
         wanted = [names[i] for i in drafting]
-        texts = torch.tensor(drafting)
+        chosen = torch.tensor(drafting)
         lengths = (
-            step.base[texts] + step.prefix_lens[texts] + torch.tensor([len(sampled_token_ids[i]) for i in drafting])
+            step.base[chosen] + step.prefix_lens[chosen] + torch.tensor([len(sampled_token_ids[i]) for i in drafting])
         )
         decision, found = self.pacer.decide(
             wanted,
@@ -381,16 +379,16 @@ class JakiroRunnerMixin:
             len(names) - len(drafting),
             self._room(wanted),
             self.input_batch.token_ids_cpu_tensor,
-            texts,
+            chosen,
             lengths + 1,
         )
         repeats = decision.repeated > 0
         if found is not None:
-            chosen = repeats.nonzero()[0].tolist()
-            chains = found.select(torch.tensor(chosen))
-            kept = self.tree_store.put([wanted[row] for row in chosen], chains, branch=False)
-            for row, tokens in zip(chosen, kept, strict=True):
-                drafts[drafting[row]] = tokens
+            places = repeats.nonzero()[0].tolist()
+            chains = found.select(torch.tensor(places))
+            kept = self.tree_store.put([wanted[place] for place in places], chains, branch=False)
+            for place, tokens in zip(places, kept, strict=True):
+                drafts[drafting[place]] = tokens
         left = [i for i, repeated in zip(drafting, repeats.tolist(), strict=True) if not repeated]
         return left[: decision.drafting], decision.shape or full
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -102,7 +104,26 @@ def test_what_was_never_timed_takes_as_long_as_what_is_most_like_it() -> None:
     host.learn(Source.HEAD, 8, 4.0)
     assert host(Source.TEXT, 1) == 3.0
     assert host(Source.TEXT, 100) == 4.0
-    assert host(Source.NONE, 100) == 1.0
+    assert host(Source.NONE, 2) == 1.0
+
+
+def test_a_distant_load_is_no_guide() -> None:
+    """After a burst of requests, what one of them alone takes is unknown, and is not what many took."""
+    host = HostTimes()
+    host.learn(Source.TEXT, 32, 6.0)
+    host.learn(Source.NONE, 1, 0.2)
+    assert host(Source.TEXT, 1) == 0.2
+    assert host(Source.TEXT, 16) == 6.0
+
+
+def test_what_was_not_timed_lately_is_forgotten() -> None:
+    host = HostTimes()
+    host.learn(Source.TEXT, 1, 9.0)  # the machine was busy
+    for _ in range(HostTimes.LATELY - 1):
+        host.learn(Source.HEAD, 1, 1.0)
+    assert host(Source.TEXT, 1) == 9.0
+    host.learn(Source.HEAD, 1, 1.0)
+    assert host(Source.TEXT, 1) == 1.0
 
 
 # Probabilities
@@ -220,6 +241,13 @@ def make(per_row: float, per_forward_row: float, fixed: float = 1.0) -> BudgetCo
     )
 
 
+def plan(controller: BudgetController, drafting: int, random: int = 0) -> tuple[DraftShape | None, int]:
+    """``(shape, how many draft)`` of requests of which nobody repeats itself, and the last so many sample."""
+    found = controller.decide(np.arange(drafting) >= drafting - random)
+    assert not found.repeated.any()
+    return found.shape, found.drafting
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
@@ -266,25 +294,25 @@ def settled(controller: BudgetController, batch: int, rng: np.random.Generator, 
     """Shows it what full trees look like."""
     for _ in range(30):
         controller.select(FULL, *grow(sharpness, batch, FULL, rng).arguments())
-    assert [controller.plan(batch, random=batch) for _ in range(FIRST_PLAIN)] == [(None, 0)] * FIRST_PLAIN
+    assert [plan(controller, batch, random=batch) for _ in range(FIRST_PLAIN)] == [(None, 0)] * FIRST_PLAIN
 
 
 def test_the_first_drafts_are_full_for_as_many_as_are_wanted() -> None:
-    assert make(10.0, 10.0).plan(4) == (FULL, 4)
-    assert make(10.0, 10.0).plan(500, random=500) == (FULL, FIRST_TREES)
-    assert make(10.0, 10.0).plan(500, random=499) == (FULL, 500)  # nobody says which ones are greedy
+    assert plan(make(10.0, 10.0), 4) == (FULL, 4)
+    assert plan(make(10.0, 10.0), 500, random=500) == (FULL, FIRST_TREES)
+    assert plan(make(10.0, 10.0), 500, random=499) == (FULL, 500)  # nobody says which ones are greedy
 
 
 def test_cheap_rows_make_full_trees(rng: np.random.Generator) -> None:
     controller = make(1e-5, 1e-5)
     settled(controller, 1, rng)
-    assert controller.plan(1, random=1) == (FULL, 1)
+    assert plan(controller, 1, random=1) == (FULL, 1)
 
 
 def test_dear_rows_make_none_but_for_a_probe_now_and_then(rng: np.random.Generator) -> None:
     controller = make(1.0, 0.5, fixed=0.0)
     settled(controller, 8, rng)
-    plans = [controller.plan(8, random=8) for _ in range(4 * PROBE_STEPS[1])]
+    plans = [plan(controller, 8, random=8) for _ in range(4 * PROBE_STEPS[1])]
     assert set(plans) == {(None, 0), (FULL, 1)}
     assert 4 <= plans.count((FULL, 1)) <= 4 * PROBE_STEPS[1] / PROBE_STEPS[0]
 
@@ -298,13 +326,13 @@ def test_probes_take_their_share_of_the_time(
     controller = make(per_row, per_forward_row, fixed=0.2)
     settled(controller, batch, rng)
     fewest, most = PROBE_STEPS
-    steps, probes, seconds, more = 8 * most + 100, 0, 0.0, 0.0
+    steps, probes, seconds, more, drafted = 8 * most + 100, 0, 0.0, 0.0, 0.0
     for _ in range(steps):
-        shape, count = controller.plan(batch, random=batch)
+        shape, count = plan(controller, batch, random=batch)
         if controller.probing and shape is not None:
             probes += 1
             rows = float(controller.verify(batch + BUDGET) - controller.verify(batch))
-            more += forwards(FULL.levels) * float(controller.draft(count * FULL.width)) + rows
+            more += forwards(FULL.levels) * float(controller.draft(count * FULL.width)) + rows - drafted
         else:
             drafted = forwards(shape.levels) * float(controller.draft(count * shape.width)) if shape else 0.0
             seconds += float(controller.verify(batch)) + drafted
@@ -315,7 +343,7 @@ def test_probes_take_their_share_of_the_time(
 def test_in_between_drafts_are_narrower_or_shallower(rng: np.random.Generator) -> None:
     controller = make(0.02, 0.01)
     settled(controller, 8, rng)
-    shape, count = controller.plan(8, random=8)
+    shape, count = plan(controller, 8, random=8)
     assert count == 8
     assert shape is not None
     assert shape != FULL
@@ -326,7 +354,7 @@ def test_in_between_drafts_are_narrower_or_shallower(rng: np.random.Generator) -
 def test_a_plan_follows_the_load(rng: np.random.Generator) -> None:
     controller = make(0.02, 0.005)
     settled(controller, 1, rng)
-    shapes = [controller.plan(batch, random=batch)[0] for batch in (1, 64, 1)]
+    shapes = [plan(controller, batch, random=batch)[0] for batch in (1, 64, 1)]
     assert shapes[0] == shapes[2] == FULL
     assert shapes[1] != FULL
 
@@ -339,7 +367,7 @@ def test_the_less_a_draft_gains_the_more_often_a_step_goes_without(rng: np.rando
         settled(controller, 1, rng, sharpness=0.8)
         taught = 0
         for _ in range(512):
-            shape, count = controller.plan(1, random=1)
+            shape, count = plan(controller, 1, random=1)
             assert (shape is None) == (count == 0)
             taught += controller.probing and shape is None
         shares.append(taught / 512)
@@ -353,10 +381,10 @@ def test_loads_that_hardly_differ_share_a_plan(rng: np.random.Generator, monkeyp
     best = controller._best_shape
     monkeypatch.setattr(controller, "_best_shape", lambda kinds, others: found.append(kinds) or best(kinds, others))
     for batch in (64, 70, 1, 2, 79, 64, 1, 2):
-        controller.plan(batch, random=batch)
+        plan(controller, batch, random=batch)
     assert found == [(0, 64), (0, 1), (0, 2)]
     for _ in range(PLAN_STEPS):
-        controller.plan(64, random=64)
+        plan(controller, 64, random=64)
     assert found == [(0, 64), (0, 1), (0, 2), (0, 64)]
 
 
@@ -369,7 +397,7 @@ def test_steps_without_a_draft_cost_less_beside_it_too(rng: np.random.Generator)
         for _ in range(33):
             controller.learn_host(Source.HEAD, 4, 3.0)
             controller.learn_host(Source.NONE, 4, plain)
-        shapes.append(controller.plan(4, random=4)[0])
+        shapes.append(plan(controller, 4, random=4)[0])
     assert shapes[0] is not None
     assert shapes[1] is None
 
@@ -381,20 +409,20 @@ def test_greedy_requests_and_others_are_planned_for_apart(rng: np.random.Generat
         for _ in range(30):
             trees = grow(sharpness, 2, FULL, rng)
             controller.select(FULL, trees.scores, trees.depths, trees.parents, np.full(2, sampled))
-    assert [controller.plan(8, random=4) for _ in range(FIRST_PLAIN)] == [(None, 0)] * FIRST_PLAIN
-    greedy, mixed, random = (controller.plan(8, random=count)[0] for count in (0, 4, 8))
+    assert [plan(controller, 8, random=4) for _ in range(FIRST_PLAIN)] == [(None, 0)] * FIRST_PLAIN
+    greedy, mixed, random = (plan(controller, 8, random=count)[0] for count in (0, 4, 8))
     assert greedy is not None
     assert greedy.levels >= FULL.levels - 1
     assert random is None
     assert mixed is not None
-    assert controller.plan(8, random=8) == (None, 0)
+    assert plan(controller, 8, random=8) == (None, 0)
 
 
 def test_nothing_is_planned_for_a_kind_of_which_nothing_is_known(rng: np.random.Generator) -> None:
     controller = make(1.0, 0.5, fixed=0.0)
     settled(controller, 8, rng)
-    assert controller.plan(8, random=8)[0] is None
-    assert controller.plan(8, random=7) == (FULL, 8)
+    assert plan(controller, 8, random=8)[0] is None
+    assert plan(controller, 8, random=7) == (FULL, 8)
 
 
 # Continuations
@@ -405,7 +433,7 @@ def decided(controller: BudgetController, chances: list[list[float]], others: in
     random = np.ones(len(chances), dtype=bool)
     while True:
         found = controller.decide(random, others, np.array(chances))
-        if controller._settled and controller._steps % HALF_STEPS != HALF_STEPS // 2:
+        if not controller.probing and controller._steps % HALF_STEPS != HALF_STEPS // 2:
             return found.shape, found.drafting, found.repeated.tolist()
 
 
@@ -431,7 +459,7 @@ def test_a_sure_continuation_saves_the_draft(rng: np.random.Generator) -> None:
 def test_where_the_head_does_not_pay_a_continuation_may(rng: np.random.Generator) -> None:
     controller = make(0.1, 5.0)
     settled(controller, 1, rng)
-    assert controller.plan(1, random=1) == (None, 0)
+    assert plan(controller, 1, random=1) == (None, 0)
     assert decided(controller, [SURE]) == (None, 0, [8])
     assert decided(controller, [HOPELESS]) == (None, 0, [0])
 
@@ -475,14 +503,54 @@ def test_what_drafts_cost_beside_the_forwards_decides_too(rng: np.random.Generat
     assert found == [FULL, None]
 
 
-def test_experiments_leave_continuations_aside(rng: np.random.Generator) -> None:
-    """Full drafts are still probed where continuations are all that is planned."""
-    controller = make(0.1, 5.0)
-    settled(controller, 1, rng)
-    found = [controller.decide(np.ones(1, dtype=bool), 0, np.array([SURE])) for _ in range(PROBE_STEPS[1] + 1)]
-    probes = [decision for decision in found if decision.source is Source.HEAD]
-    assert probes
-    assert all(decision.shape == FULL and not decision.repeated.any() for decision in probes)
+@pytest.mark.parametrize("per_forward_row", [5.0, 0.05, 0.001], ids=["dear", "middling", "cheap"])
+def test_a_text_in_a_loop_still_teaches_what_the_head_is_worth(
+    per_forward_row: float, rng: np.random.Generator
+) -> None:
+    """Now and then, for one request, whatever the head's best shape; and steps without drafts are no rivals."""
+    controller = make(0.1, per_forward_row)
+    settled(controller, 3, rng)
+    steps, probes = 2 * PROBE_STEPS[1] + 2, 0
+    for _ in range(steps):
+        found = controller.decide(np.ones(3, dtype=bool), 0, np.array([SURE] * 3))
+        if controller.probing:
+            probes += 1
+            assert (found.shape, found.drafting) == (FULL, 1)
+            assert sorted(found.repeated > 0) == [False, True, True]
+        else:
+            assert found.source is Source.TEXT
+    assert 1 <= probes <= steps / PROBE_STEPS[0]
+
+
+def test_probes_count_what_a_continuation_would_have_won(rng: np.random.Generator) -> None:
+    """Of one request, in a loop: as many steps as the probe loses, by the share that it may take."""
+    controller = make(0.05, 0.1)
+    settled(controller, 1, rng, sharpness=0.3)
+    steps = [controller.decide(np.ones(1, dtype=bool), 0, np.array([SURE])) and controller.probing for _ in range(900)]
+    first, second, *_ = (step for step, probe in enumerate(steps) if probe)
+    step = float(controller.verify(1 + len(SURE)))
+    draft = forwards(FULL.levels) * float(controller.draft(FULL.width))
+    lost = draft + float(controller.verify(1 + BUDGET) - controller.verify(1)) + len(SURE) * step / (1 + sum(SURE))
+    assert second - first == math.ceil(lost / step / PROBE_SHARE)
+    assert PROBE_STEPS[0] < second - first < PROBE_STEPS[1]
+
+
+def test_nodes_beside_continuations_are_chosen_by_what_those_win(rng: np.random.Generator) -> None:
+    """Brute force: rows of continuations are dear, whatever they win, and count as what they win."""
+    controller, trees = make(0.03, 0.001), grow(0.6, 2, FULL, rng)
+    chances = controller.calibration(trees.scores[:, 1:], np.ones((2, 1), dtype=int))
+    ordered = np.sort(chances.ravel())[::-1]
+    draft = forwards(FULL.levels) * float(controller.draft(2 * FULL.width))
+    counts = []
+    for wins in (0.5, 30.0):
+        kept = controller.select(FULL, *trees.arguments(), others=1, beside=(32, wins))
+        rates = [
+            (3 + wins + ordered[:n].sum()) / (float(controller.verify(3 + 32 + n)) + draft)
+            for n in range(len(ordered) + 1)
+        ]
+        assert kept.sum() == int(np.argmax(rates))
+        counts.append(kept.sum())
+    assert counts[0] > counts[1]
 
 
 def test_half_a_continuation_is_tried_now_and_then(rng: np.random.Generator) -> None:
@@ -529,7 +597,7 @@ class World:
                     kinds = controller.kinds(shape, trees.depths, np.ones((drafting, 1), dtype=bool))
                     told = [np.concatenate([x[b, n] for b, n in enumerate(offered)]) for x in (trees.scores, kinds)]
                     controller.learn_trees(told[0], accepted, told[1])
-                shape, drafting = controller.plan(batch, random=batch)
+                shape, drafting = plan(controller, batch, random=batch)
             else:
                 shape, drafting = controller, batch if controller else 0
             drafted = self.seconds(0, shape, drafting)[1]
@@ -546,6 +614,17 @@ class World:
         return tokens / seconds
 
 
+def badly_measured(world: World, seed: int) -> BudgetController:
+    """A controller whose first measurements come from a busy machine."""
+    rng = np.random.default_rng(seed)
+    return BudgetController(
+        FULL,
+        forwards,
+        doubling(1024, lambda rows: world.seconds(rows, None, 1)[0] * rng.uniform(1.2, 1.8)),
+        doubling(256, lambda rows: (0.01 + world.per_forward_row * rows) * rng.uniform(1.2, 1.8)),
+    )
+
+
 @pytest.mark.parametrize("batch", [1, 4, 12])
 @pytest.mark.parametrize(
     "world",
@@ -559,17 +638,10 @@ class World:
     ids=["cheap", "middling", "hopeless", "sure", "weak last level"],
 )
 def test_no_fixed_policy_is_better(world: World, batch: int) -> None:
-    """Within 6%: probes, noise and learning have their price."""
-    rng = np.random.default_rng(2)
-    controller = BudgetController(  # measured on a machine that was busy
-        FULL,
-        forwards,
-        doubling(1024, lambda rows: world.seconds(rows, None, 1)[0] * rng.uniform(1.2, 1.8)),
-        doubling(256, lambda rows: (0.01 + world.per_forward_row * rows) * rng.uniform(1.2, 1.8)),
-    )
-    adaptive = world.rate(controller, batch, 3 * 192)
+    """Within 6% in the mean of a few starts: probes, noise and learning have their price."""
+    adaptive = [world.rate(badly_measured(world, seed), batch, 3 * 192) for seed in range(4)]
     fixed = {name: world.rate(shape, batch, 3 * 48) for name, shape in FIXED.items()}
-    assert adaptive > 0.94 * max(fixed.values()), (adaptive, fixed)
+    assert statistics.mean(adaptive) > 0.94 * max(fixed.values()), (adaptive, fixed)
 
 
 FIXED = {"plain": None, "chain": DraftShape(FULL.levels, 1), "short chain": DraftShape(2, 1), "tree": FULL}

@@ -134,11 +134,12 @@ def walk_by_levels(sampler: Any, logits: Tensor, given: SamplingMetadata, reques
     """The runner's walk; all requests share the rows of one tree."""
     runner = JakiroRunnerMixin()
     runner.input_batch = SimpleNamespace(sampling_metadata=given)
-    runner.drafter = SimpleNamespace(tree_config=SimpleNamespace(depth=DEPTH))
+    runner.drafter = SimpleNamespace(tree_config=SimpleNamespace(levels=DEPTH))
     runner.sampler = sampler
     runner.discard_request_mask = SimpleNamespace(np=np.zeros(requests, dtype=bool))
     zeros = torch.zeros(requests, dtype=torch.int64)
-    step = Step(trees(requests), zeros, zeros, zeros, zeros, torch.ones_like(zeros).bool(), True, False, zeros, zeros)
+    every = torch.ones_like(zeros).bool()
+    step = Step(trees(requests), zeros, zeros, zeros, zeros, every, True, every, False, zeros, zeros)
     return runner._walk_by_levels(step, logits)[0]
 
 

@@ -88,7 +88,7 @@ def wait_for(condition: Callable[[], Any], what: str) -> None:
 
 
 def test_a_cache_that_is_too_small_changes_no_token(servers: dict[str, Server], judge: Judge) -> None:
-    cases = long_requests(8)
+    cases = long_requests(16)
     preempted = servers["trees"].counter("vllm:num_preemptions_total")
     trees = ask(servers["trees"], cases)
     assert servers["trees"].counter("vllm:num_preemptions_total") > preempted + 3

@@ -51,7 +51,7 @@ def drafted() -> tuple[Pacer, Recorder, TreeBatch]:
     recorder = Recorder()
     pacer = Pacer(recorder)
     trees = tree_of([[0.0, -0.1, -2.0, -3.0], [0.0, -0.5, -0.7, -0.9]])
-    kept = pacer.grow(["a", "b"], SHAPE, torch.tensor([False, True]), 0, lambda: trees)
+    kept = pacer.grow(["a", "b"], SHAPE, np.array([False, True]), 0, lambda: trees)
     assert kept.num_nodes.tolist() == [4, 4]
     return pacer, recorder, kept
 
@@ -224,7 +224,7 @@ def test_a_continuation_is_not_taken_for_the_heads_tree(monkeypatch: pytest.Monk
     recorder = Recorder()
     pacer = Pacer(recorder, Lookup(3))
     trees = tree_of([[0.0, -0.1, -2.0, -3.0], [0.0, -0.5, -0.7, -0.9]])
-    pacer.grow(["a", "b"], SHAPE, torch.tensor([False, True]), 0, lambda: trees)
+    pacer.grow(["a", "b"], SHAPE, np.array([False, True]), 0, lambda: trees)
     text_only(pacer, monkeypatch)
     _, found = decide(pacer)
     assert found is not None
@@ -256,7 +256,7 @@ def test_what_a_decision_costs_is_timed_from_it_to_the_next(clock: Clock, monkey
 @pytest.mark.parametrize("shape", [None, DraftShape(3, 2)])
 def test_all_ranks_decide_as_the_first(monkeypatch: pytest.MonkeyPatch, shape: DraftShape | None) -> None:
     """Whatever their clocks say."""
-    first = Decision(shape, 2 if shape else 0, np.array([3, 0, 0]))
+    first = Decision(shape, 2 if shape else 0, np.array([3, 0, 0]), 2.25)
     sent: list[torch.Tensor] = []
 
     def broadcast(numbers: torch.Tensor) -> None:
@@ -269,5 +269,5 @@ def test_all_ranks_decide_as_the_first(monkeypatch: pytest.MonkeyPatch, shape: D
     monkeypatch.setattr(pacing, "get_tp_group", lambda: group)
     for decision in (first, Decision(SHAPE, 1, np.array([0, 5, 1]))):
         found = pacing.first_ranks_decision(decision)
-        assert (found.shape, found.drafting) == (first.shape, first.drafting)
+        assert (found.shape, found.drafting, found.wins) == (first.shape, first.drafting, 2.25)
         assert found.repeated.tolist() == [3, 0, 0]

@@ -14,6 +14,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
+from jakiro_vllm.config import MAX_NODES
 from jakiro_vllm.integration import sampling
 from jakiro_vllm.integration.cpu_runner import JakiroCPUModelRunner
 from jakiro_vllm.integration.runner import Step
@@ -302,3 +303,17 @@ def test_a_step_without_trees_is_that_of_the_levels(
     assert (found[1] is None) == (not settings)
     for one, two in zip((found[1] or ())[:3], (wanted[1] or ())[:3], strict=True):
         assert torch.equal(one, two)
+
+
+# Room
+
+
+def test_drafts_beyond_a_requests_last_token_are_not_wanted() -> None:
+    """Of four tokens that are left, a step without drafts emits one."""
+    runner = JakiroCPUModelRunner.__new__(JakiroCPUModelRunner)
+    states = {"many": (None, 3), "four": (9, 5), "one": (9, 8)}
+    runner.requests = {
+        name: SimpleNamespace(sampling_params=SimpleNamespace(max_tokens=limit), output_token_ids=[0] * produced)
+        for name, (limit, produced) in states.items()
+    }
+    assert runner._room(list(states)).tolist() == [MAX_NODES, 3, 0]

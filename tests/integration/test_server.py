@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from openai import BadRequestError
 
-from jakiro_vllm.config import ADAPTIVE_DEPTH
+from jakiro_vllm.config import TreeConfig
 from jakiro_vllm.demo import GREEDY, PROMPTS, SAMPLED
 from jakiro_vllm.draft.registry import EMBEDDED_HEAD, EMBEDDED_TARGET
 from jakiro_vllm.environment import server_environment
@@ -299,7 +299,7 @@ def test_metrics(server: Server) -> None:
             r'^vllm:jakiro_accepted_tokens_per_depth_total\{.*depth="(\d+)".*\} (\S+)$', text, re.MULTILINE
         )
     }
-    assert sorted(depths) == list(range(1, ADAPTIVE_DEPTH + 1))
+    assert sorted(depths) == list(range(1, TreeConfig.node_budget + 1))  # of the longest continuation
     assert list(depths.values()) == sorted(depths.values(), reverse=True)
     assert depths[1] <= trees
 
