@@ -252,7 +252,9 @@ def test_what_vllm_refuses_with_any_speculation(server: Server, setting: dict[st
 
 def test_several_api_servers(servers: dict[str, Server], tmp_path: Path) -> None:
     """In processes of their own, in front of one engine; counters are those of all of them."""
-    arguments = [*TREES, "--max-model-len", "1024", "--enforce-eager", "--api-server-count", "2"]
+    always = json.dumps({"tree": {"adaptive": False}})  # so that it is known how many trees there are at least
+    arguments = [*TREES, "--speculative-config", always, "--max-model-len", "1024", "--enforce-eager"]
+    arguments += ["--api-server-count", "2"]
     jobs = [(prompt, seed) for prompt in PROMPTS.values() for seed in (1, 2)]
 
     def ask(server: Server) -> list[list[int]]:
