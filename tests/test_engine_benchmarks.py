@@ -266,14 +266,17 @@ def run_benchmark(name: str, output: Path, *arguments: str) -> list[dict[str, st
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_overhead_end_to_end(tmp_path: Path) -> None:
-    options = "--enforce-eager --sides plain tree --batches 2 --rounds 1 --max-tokens 40 --kv-cache-bytes 67108864"
-    plain, trees = run_benchmark("overhead", tmp_path / "t.csv", *options.split())
-    for row in (plain, trees):
+    options = (
+        "--enforce-eager --sides plain tree adaptive --batches 2 --rounds 1 --max-tokens 40 --kv-cache-bytes 67108864"
+    )
+    plain, trees, adaptive = run_benchmark("overhead", tmp_path / "t.csv", *options.split())
+    for row in (plain, trees, adaptive):
         parts = sum(float(row[part]) for part in ("target forward", "sampling", "scheduler", "bookkeeping"))
         assert parts > 0
         assert parts + float(row["draft"]) < 1.5 * float(row["step_us"])
     assert float(plain["draft"]) == 0 < float(trees["draft"])
     assert float(trees["compaction"]) > 0
+    assert float(adaptive["adapting"]) > 0 == float(trees["adapting"])
     assert float(plain["tokens_per_step"]) == 2 < float(trees["tokens_per_step"])
 
 

@@ -86,7 +86,7 @@ class StepClock:
             self._time(self.runner, "_compact", "compaction")
             self._time(self.runner, "_grow", "draft")
             self.watch_drafter()
-            for name in ("verified", "plan", "grow") if self.runner.pacer is not None else ():
+            for name in ("verified", "followed", "decide", "grow") if self.runner.pacer is not None else ():
                 self._time(self.runner.pacer, name, "adapting")
         elif hasattr(self.runner, "drafter"):
             self._time(self.runner, "propose_draft_token_ids", "draft")
