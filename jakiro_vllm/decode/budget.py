@@ -295,7 +295,7 @@ class BudgetController:
             best = -(-best // 2)
         chosen = np.zeros(chances.size, dtype=bool)
         chosen[order[:best]] = True
-        kept = (chosen & (chances.ravel() > 0)).reshape(chances.shape)
+        kept = chosen.reshape(chances.shape)
         repeated, wins = kept.sum(axis=1), np.where(kept, chances, 0.0).sum(axis=1)
         won = float(wins.sum())
         seconds = float(self.verify(requests + int(repeated.sum()))) + self.host(Source.TEXT, requests)

@@ -72,7 +72,7 @@ def _rising(values: list[float]) -> list[float]:
 
 
 def about(count: int) -> int:
-    """The next lower power of two, or half more than one: loads that hardly differ have it in common."""
+    """The last power of two, or one and a half times one, up to a count: loads that hardly differ have it in common."""
     step = 1 << max(0, count.bit_length() - 2)
     return count // step * step
 

@@ -1,4 +1,4 @@
-"""Drafts from a request's own text: where it repeats itself, what followed the first time is likely to follow again.
+"""Drafts from a request's own text: where it repeats itself, what followed before is likely to follow again.
 
 Such a draft (prompt lookup) needs no forward of the head and is a chain, as long as one likes. Whether it comes true
 depends on how much is repeated: after m tokens of agreement the next one agrees, too, with a probability that is

@@ -207,10 +207,7 @@ def first_ranks_numbers(numbers: list[float]) -> list[float]:
 def first_ranks_decision(decision: Decision) -> Decision:
     """The first tensor-parallel rank's, on every rank: each knows how many requests there are."""
     levels, width = (decision.shape.levels, decision.shape.width) if decision.shape else (0, 0)
-    told = [levels, width, decision.drafting, decision.wins, *decision.repeated.tolist()]
-    found = first_ranks_numbers(told)
-    if found is told:
-        return decision
+    found = first_ranks_numbers([levels, width, decision.drafting, decision.wins, *decision.repeated.tolist()])
     (levels, width, drafting), wins, repeated = map(int, found[:3]), found[3], np.array(found[4:], dtype=np.int64)
     return Decision(DraftShape(levels, width) if levels else None, drafting, repeated, wins)
 

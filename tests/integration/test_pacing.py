@@ -214,7 +214,8 @@ def test_without_lookup_there_are_no_continuations(monkeypatch: pytest.MonkeyPat
     nothing = Decision(None, 0, np.zeros(2, dtype=np.int64))
     monkeypatch.setattr(recorder, "decide", lambda random, others, chances: told.append(chances) or nothing)
     pacer = Pacer(recorder)
-    assert decide(pacer) == (nothing, None)
+    decision, found = decide(pacer)
+    assert (decision.shape, decision.drafting, decision.repeated.tolist(), found) == (None, 0, [0, 0], None)
     assert told == [None]
     pacer.followed(["a"], [[1]], np.zeros(1, bool))
 
